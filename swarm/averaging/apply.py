@@ -1,0 +1,185 @@
+"""From a commit to new weights: check it, gather the result bytes by hash from whoever has them, take the outer step.
+
+Also the answer to "somebody is ahead of me": ask for the commits since my version, and where two commits of one
+version exist, move over to the one that everybody prefers. Every peer applies the same bytes in the same way, so equal
+versions have equal digests (I1).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from swarm.averaging import codec, outer
+from swarm.averaging.context import Context
+from swarm.averaging.global_state import GlobalState
+from swarm.averaging.layout import Layout
+from swarm.averaging.ledger import Ledger
+from swarm.averaging.messages import Commit, preferred
+from swarm.averaging.results import KEPT_COMMITS, History
+from swarm.errors import BadMessage, NetworkError, PeerRefused
+from swarm.events import Round
+from swarm.network import frames, records
+
+FETCH_S = 30.0
+MAX_COMMITS_BYTES = 1024 * 1024
+CLAIM_LIMIT = 16
+"""times the run's tokens per round: the most that one contribution may claim"""
+
+log = logging.getLogger(__name__)
+
+
+class Applier:
+    def __init__(self, context: Context, *, fragment: int, layout: Layout, ledger: Ledger) -> None:
+        self.fragment, self.layout, self.ledger = fragment, layout, ledger
+        self.history = History()
+        self.history.saw(ledger.state.version, ledger.state.digest)
+        self.max_claim = CLAIM_LIMIT * context.run.averaging.tokens_per_round
+        self.on_applied: list[Callable[[Commit], None]] = []
+        self._context = context
+        self._decay = layout.decay_mask()
+        self._lock = asyncio.Lock()
+
+    async def consider(self, commit: Commit, *, began_at: float | None = None, source: str = "") -> bool:
+        """Apply a commit if it leads on from this peer's version, or replaces the newest one with a better one.
+
+        Returns whether it is part of this peer's history now. Raises BadMessage where it is malformed, NetworkError
+        where nobody has its result bytes; then nothing has changed and a later status brings it up again.
+        """
+        clock = asyncio.get_running_loop().time
+        began = clock() if began_at is None else began_at
+        await asyncio.to_thread(commit.check, self.layout.num_blocks, max_claim=self.max_claim)
+        async with self._lock:
+            state, previous = self.ledger.state, self.ledger.previous
+            version, base = commit.opening.version, commit.opening.base
+            mine = self.history.commit(version)
+            if mine is not None and mine.hash == commit.hash:
+                return True
+            replaces = previous is not None and version == state.version and base == previous.digest
+            if replaces:
+                assert mine is not None and previous is not None
+                if preferred(mine, commit) is mine:
+                    return False
+                state = previous
+            elif version != state.version + 1 or base != state.digest:
+                return False
+            average = await self._gather(commit, source)
+            new_state = await asyncio.to_thread(self._step, state, commit, average)
+            included = commit.includes(self._context.keypair.peer_id)
+
+            def move() -> None:
+                if replaces:
+                    self.ledger.take_back()
+                self.ledger.apply(new_state, commit.opening.id, included=included)
+
+            await self._context.at_boundary(move)
+            self.history.add(commit, new_state.digest)
+        for listener in self.on_applied:
+            listener(commit)
+        self._emit_round(commit, clock() - began)
+        return True
+
+    async def _gather(self, commit: Commit, source: str) -> torch.Tensor:
+        """The average of all parts, fp32 [numel], from the bytes that the owners have signed for."""
+        opening = commit.opening
+        holders = [opening.opener, *opening.members, *([source] if source else [])]
+        bodies = await asyncio.gather(*(
+            self._fetch(result.hash, [opening.owner(part), *holders], self._part_bytes(part.start, part.end))
+            for part, result in zip(opening.parts, commit.results, strict=True)
+        ))
+
+        def decode() -> torch.Tensor:
+            return torch.cat([
+                codec.decode(data, part.end - part.start, self.layout.fine_in(part.start, part.end), self._bits)
+                for part, data in zip(opening.parts, bodies, strict=True)
+            ])
+
+        return await asyncio.to_thread(decode)
+
+    async def _fetch(self, result_hash: str, holders: list[str], size: int) -> bytes:
+        data = self._context.results.get(result_hash)
+        me, endpoint = self._context.keypair.peer_id, self._context.endpoint
+        problem: NetworkError = PeerRefused("nobody else was in that round")
+        for holder in dict.fromkeys(holders):
+            if data is not None:
+                break
+            if holder == me:
+                continue
+            try:
+                _, body = await endpoint.call(
+                    holder, "result", {"hash": result_hash}, deadline_s=FETCH_S, max_answer=size,
+                    maddrs=self._context.directory.maddrs(holder),
+                )
+                if hashlib.sha256(body).hexdigest() != result_hash:
+                    raise BadMessage(f"{holder[-6:]} sent other bytes than the hash says")
+                data = body
+            except NetworkError as error:
+                problem = error
+        if data is None:
+            raise problem
+        self._context.results.put(data)  # from here others can fetch it too
+        return data
+
+    def _part_bytes(self, start: int, end: int) -> int:
+        fine = self.layout.fine_in(start, end)
+        return codec.encoded_bytes(fine, end - start - fine, self._bits)
+
+    @property
+    def _bits(self) -> int:
+        return self._context.run.averaging.bits
+
+    def _step(self, state: GlobalState, commit: Commit, average: torch.Tensor) -> GlobalState:
+        step = outer.OuterStep(self._context.run, commit.opening.version, state.tokens, state.tokens + commit.tokens)
+        weights, buffers = outer.apply(step, state.weights, list(state.buffers), average, self._decay)
+        new = GlobalState(self.fragment, step.version, step.tokens_after, weights, tuple(buffers))
+        new.digest  # noqa: B018 - hash here, in a worker thread
+        return new
+
+    # -- catching up ------------------------------------------------------------------------------------------------
+
+    async def catch_up(self, peer_id: str) -> bool:
+        """Follow a peer's commits from the version before ours (it may have replaced our newest). False where its
+        history does not lead on from ours: then only a download helps."""
+        moved = False
+        for commit in await self.commits_of(peer_id, since=max(0, self.ledger.state.version - 1)):
+            moved = await self.consider(commit, source=peer_id) or moved
+        return moved
+
+    async def commits_of(self, peer_id: str, *, since: int) -> list[Commit]:
+        _, body = await self._context.endpoint.call(
+            peer_id, "commits", {"fragment": self.fragment, "since": since}, deadline_s=FETCH_S,
+            max_answer=MAX_COMMITS_BYTES, maddrs=self._context.directory.maddrs(peer_id),
+        )
+        raw = frames.parse_head(body).get("commits")
+        if not isinstance(raw, list) or len(raw) > KEPT_COMMITS:
+            raise BadMessage("a list of commits that is none")
+        return [records.parse(Commit, item) for item in raw]
+
+    async def adopt(self, state: GlobalState, *, absorbed: list[str]) -> None:
+        """Jump to a downloaded state (already checked against its digest)."""
+        async with self._lock:
+            if state.tokens > self.ledger.state.tokens:
+                await self._context.at_boundary(lambda: self.ledger.adopt(state, absorbed=absorbed))
+                self.history.forget()
+                self.history.saw(state.version, state.digest)
+
+    def serve_commits(self, header: dict[str, Any]) -> bytes:
+        since = header.get("since")
+        if not isinstance(since, int) or since < 0:
+            raise BadMessage("commits since what?")
+        commits = [commit.model_dump() for commit in self.history.since(since, limit=KEPT_COMMITS)]
+        return json.dumps({"commits": commits}, separators=(",", ":")).encode()
+
+    def _emit_round(self, commit: Commit, seconds: float) -> None:
+        sent, received = self._context.bytes_since_last_round()
+        self._context.emit(Round(
+            fragment=self.fragment, version=commit.opening.version, digest=self.ledger.state.digest,
+            contributors=len(commit.contributors), tokens=commit.tokens,
+            bytes_sent=sent, bytes_received=received, seconds=round(seconds, 3),
+        ))

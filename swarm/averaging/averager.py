@@ -1,0 +1,339 @@
+"""All fragments of one peer: decides when to open a round, answers the other peers, follows whoever is ahead.
+
+One instance a peer, on the network's event loop, beside the training thread. It is the only thing that the training
+loop knows of averaging: `trained()` after each inner step, `pending()`, `heads()`, `finish()`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import statistics
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from swarm.averaging import plan
+from swarm.averaging.apply import Applier
+from swarm.averaging.context import Context
+from swarm.averaging.download import Donor
+from swarm.averaging.global_state import GlobalState
+from swarm.averaging.layout import Layout
+from swarm.averaging.ledger import Drift, Gradients, Ledger
+from swarm.averaging.messages import Commit, Opening
+from swarm.averaging.progress import Progress
+from swarm.averaging.round import FragmentRounds
+from swarm.averaging.synchronise import Synchroniser
+from swarm.errors import BadMessage, NetworkError, PeerRefused, StateError
+from swarm.network import records
+from swarm.network.link import Answer, Link
+from swarm.network.records import Head, Status
+
+TICK_S = 0.1
+MIN_PATIENCE_S = 3.0
+FOLLOW_AFTER_S = 0.5
+"""a commit usually arrives by itself within this time"""
+
+log = logging.getLogger(__name__)
+
+
+class _Fragment:
+    """One fragment's parts: books, rounds, what others have trained."""
+
+    def __init__(self, context: Context, index: int, layout: Layout, state: GlobalState,
+                 parameters: Mapping[str, torch.nn.Parameter]) -> None:
+        sync = context.run.averaging.mode == "sync"
+        self.work = Gradients(layout, parameters) if sync else Drift(layout, parameters)
+        self.ledger = Ledger(state, self.work)
+        self.applier = Applier(context, fragment=index, layout=layout, ledger=self.ledger)
+        self.rounds = FragmentRounds(context, self.applier)
+        self.progress = Progress()
+        self.donor = Donor(self.served_states, asyncio.get_running_loop().time)
+        self.opened_at = asyncio.get_running_loop().time()
+        self.due_since: float | None = None
+        self.recent_s: list[float] = []
+        self.following = self.opening = False
+
+    def served_states(self) -> list[GlobalState]:
+        previous = self.ledger.previous
+        return [self.ledger.state, *([previous] if previous else [])]
+
+
+class Averager:
+    def __init__(
+        self, context: Context, layouts: list[Layout], states: list[GlobalState],
+        parameters: Mapping[str, torch.nn.Parameter],
+    ) -> None:
+        self.context = context
+        self._sync_mode = context.run.averaging.mode == "sync"
+        self._fragments = [
+            _Fragment(context, index, layout, state, parameters)
+            for index, (layout, state) in enumerate(zip(layouts, states, strict=True))
+        ]
+        self._parameters = parameters
+        self._tick_task: asyncio.Task[None] | None = None
+        self.tokens_per_s = 0.0
+        self.leaving = False
+        self.serving = False
+        """only once this peer's own state is that of the swarm does it take part in rounds"""
+        self.settled = asyncio.Condition()
+        self.synchroniser = Synchroniser(context, [f.applier for f in self._fragments])
+        for fragment in self._fragments:
+            fragment.applier.on_applied += [fragment.rounds.settled, self._on_applied]
+        self._register()
+
+    def start(self) -> None:
+        """Begin to open rounds and to take part in others'."""
+        now = asyncio.get_running_loop().time()
+        for fragment in self._fragments:
+            fragment.opened_at = now
+        self.serving = True
+        self.context.directory.on_status = self._on_status
+        for peer_id, status in self.context.directory.alive().items():
+            self._on_status(peer_id, status)
+        self._tick_task = asyncio.create_task(self._tick_forever())
+
+    async def stop(self) -> None:
+        tasks = [task for task in [self._tick_task, *self.context.tasks] if task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    # -- what training sees -----------------------------------------------------------------------------------------
+
+    def trained(self, tokens: int, gradients: Mapping[str, torch.Tensor] | None = None) -> None:
+        """An inner step is done. From the training thread, between two boundaries. `gradients`: `sync` runs only."""
+        for fragment in self._fragments:
+            if isinstance(fragment.work, Gradients):
+                assert gradients is not None, "a sync run averages gradients"
+                fragment.work.add(gradients, tokens)
+            fragment.ledger.trained(tokens)
+
+    def states(self) -> list[GlobalState]:
+        return [fragment.ledger.state for fragment in self._fragments]
+
+    def heads(self) -> list[Head]:
+        if not self.serving:
+            return []
+        return [Head(version=s.version, digest=s.digest, tokens=s.tokens) for s in self.states()]
+
+    def pending(self) -> list[int]:
+        return [fragment.ledger.pending_tokens for fragment in self._fragments] if self.serving else []
+
+    def swarm_tokens(self) -> int:
+        """in committed rounds, of the fragment that has fewest"""
+        return min(state.tokens for state in self.states())
+
+    def estimated_tokens(self) -> int:
+        """Committed and not yet committed tokens of the whole swarm, for the learning-rate schedule."""
+        return self.swarm_tokens() + max(self.pending(), default=0)
+
+    async def settle(self, *, deadline_s: float) -> bool:
+        """Wait until everything that this peer trained is in commits. False: the deadline passed first."""
+        async def nothing_pending() -> None:
+            async with self.settled:
+                await self.settled.wait_for(lambda: not any(self.pending()))
+
+        try:
+            await asyncio.wait_for(nothing_pending(), deadline_s)
+        except asyncio.TimeoutError:
+            return False
+        return True
+
+    async def announce(self) -> None:
+        """Tell the next openers now that there is something to average (`sync` runs, and peers that leave)."""
+        openers = set()
+        for index, fragment in enumerate(self._fragments):
+            peers = self._holders(index)
+            state = fragment.ledger.state
+            openers.add(plan.rank([self._me, *peers], fragment=index, version=state.version + 1)[0])
+        await asyncio.gather(*(self.context.directory.tell(peer_id) for peer_id in openers - {self._me}))
+
+    # -- when to open -----------------------------------------------------------------------------------------------
+
+    @property
+    def _me(self) -> str:
+        return self.context.keypair.peer_id
+
+    def _holders(self, index: int) -> list[str]:
+        """Live peers at the same version of a fragment as this one; who leaves counts while it has drift to give."""
+        fragment = self._fragments[index]
+        alive = {
+            peer_id for peer_id, status in self.context.directory.alive().items()
+            if status.heads and not (status.leaving and not status.pending[index:index + 1] > [0])
+        }
+        return fragment.progress.at(fragment.ledger.state.digest, alive)
+
+    async def _tick_forever(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            for index in range(len(self._fragments)):
+                self._maybe_open(index, loop.time())
+            await asyncio.sleep(TICK_S / 10 if self._sync_mode else TICK_S)
+
+    def _maybe_open(self, index: int, now: float) -> None:
+        fragment = self._fragments[index]
+        if fragment.opening or fragment.rounds.in_round():
+            return
+        holders = self._holders(index)
+        if not self._is_due(index, holders, now):
+            fragment.due_since = None
+            return
+        if fragment.due_since is None:
+            fragment.due_since = now
+        order = plan.rank([self._me, *holders], fragment=index, version=fragment.ledger.state.version + 1)
+        patience_s = max(MIN_PATIENCE_S, 3 * statistics.median(fragment.recent_s or [1.0]))
+        if now - fragment.due_since >= order.index(self._me) * patience_s:
+            fragment.opening = True
+            self.context.spawn(self._open(fragment, holders))
+
+    def _is_due(self, index: int, holders: list[str], now: float) -> bool:
+        fragment, averaging = self._fragments[index], self.context.run.averaging
+        mine = fragment.ledger.pending_tokens
+        others = fragment.progress.pending(holders, now=now)
+        total = mine + sum(others.values())
+        if total <= 0:
+            return False
+        if self._sync_mode and mine > 0 and all(tokens > 0 for tokens in others.values()):
+            return True
+        target = plan.target_tokens(
+            averaging.tokens_per_round, len(self._fragments), fragment=index,
+            version=fragment.ledger.state.version, staggered=not self._sync_mode,
+        )
+        overdue = now - fragment.opened_at >= averaging.max_round_s
+        someone_leaves = (self.leaving and mine > 0) or fragment.progress.leaving(holders)
+        return total >= target or overdue or someone_leaves
+
+    async def _open(self, fragment: _Fragment, holders: list[str]) -> None:
+        began = asyncio.get_running_loop().time()
+        owners = [self._me, *(peer_id for peer_id in holders if self.context.directory.maddrs(peer_id))]
+        try:
+            await fragment.rounds.open(holders[:63], owners[:64])
+        except (NetworkError, StateError) as error:
+            log.warning("round of fragment %d: %s", fragment.applier.fragment, error)
+        finally:
+            fragment.opening = False
+            fragment.due_since = None
+            fragment.recent_s = [*fragment.recent_s[-15:], asyncio.get_running_loop().time() - began]
+
+    def _on_applied(self, commit: Commit) -> None:
+        fragment, now = self._fragments[commit.opening.fragment], asyncio.get_running_loop().time()
+        fragment.opened_at, fragment.due_since = now, None
+        fragment.progress.committed(commit, fragment.ledger.state.digest, now=now)
+        self.context.spawn(self._notify_settled())
+
+    async def _notify_settled(self) -> None:
+        async with self.settled:
+            self.settled.notify_all()
+
+    # -- following the others ---------------------------------------------------------------------------------------
+
+    def _on_status(self, peer_id: str, status: Status) -> None:
+        if len(status.heads) != len(self._fragments) or len(status.pending) != len(self._fragments):
+            return
+        now = asyncio.get_running_loop().time()
+        for fragment, head, pending in zip(self._fragments, status.heads, status.pending, strict=True):
+            fragment.progress.heard(
+                peer_id, version=head.version, digest=head.digest, pending=pending,
+                tokens_per_s=status.tokens_per_s, leaving=status.leaving, now=now,
+            )
+            if self._is_ahead(fragment, head) and not fragment.following:
+                fragment.following = True
+                self.context.spawn(self._follow(fragment, peer_id, head))
+
+    def _is_ahead(self, fragment: _Fragment, head: Head) -> bool:
+        state = fragment.ledger.state
+        return head.digest != state.digest and head.tokens >= state.tokens
+
+    async def _follow(self, fragment: _Fragment, peer_id: str, head: Head) -> None:
+        try:
+            await asyncio.sleep(FOLLOW_AFTER_S)
+            if not self._is_ahead(fragment, head):
+                return
+            moved = await fragment.applier.catch_up(peer_id)
+            if not moved and head.tokens > fragment.ledger.state.tokens:
+                await self.synchroniser.download(fragment.applier.fragment)
+        except (NetworkError, StateError) as error:
+            log.info("cannot follow %s yet: %s", peer_id[-6:], error)
+        finally:
+            fragment.following = False
+
+    # -- what others may ask ----------------------------------------------------------------------------------------
+
+    def _register(self) -> None:
+        endpoint = self.context.endpoint
+        largest = max(4 * fragment.applier.layout.numel + 1024 for fragment in self._fragments)
+        endpoint.on("open", self._on_open)
+        endpoint.on("push", self._on_push, max_body=largest)
+        endpoint.on("reduce", self._on_reduce)
+        endpoint.on("abort", self._on_abort)
+        endpoint.on("commit", self._on_commit)
+        endpoint.on("commits", self._on_commits)
+        endpoint.on("result", self._on_result)
+        endpoint.on("state", self._on_state)
+        endpoint.on("chunk", self._on_chunk)
+        endpoint.on("knows", self._on_knows)
+
+    def _fragment(self, header: dict[str, Any]) -> _Fragment:
+        index = header.get("fragment")
+        if not isinstance(index, int) or not 0 <= index < len(self._fragments):
+            raise BadMessage("there is no such fragment")
+        if not self.serving:
+            raise PeerRefused("this peer is still joining")
+        return self._fragments[index]
+
+    async def _on_open(self, link: Link, header: dict[str, Any], body: bytes) -> Answer:
+        opening = records.parse(Opening, header)
+        fragment = self._fragment(header)
+        opening.check(fragment.applier.layout.num_blocks)
+        if opening.opener != link.peer_id or self._me not in opening.members:
+            raise BadMessage("an opening by somebody else, or for somebody else")
+        reason = fragment.rounds.refuse_reason(opening)
+        if reason is not None:
+            raise PeerRefused(reason)
+        return await fragment.rounds.take_part(opening), b""
+
+    async def _on_push(self, link: Link, header: dict[str, Any], body: bytes) -> Answer:
+        return await self._fragment(header).rounds.push(header, body, sender=link.peer_id), b""
+
+    async def _on_reduce(self, link: Link, header: dict[str, Any], body: bytes) -> Answer:
+        return await self._fragment(header).rounds.reduce(header, asker=link.peer_id), b""
+
+    async def _on_abort(self, link: Link, header: dict[str, Any], body: bytes) -> Answer:
+        self._fragment(header).rounds.abort(header.get("id"), by=link.peer_id)
+        return {}, b""
+
+    async def _on_commit(self, link: Link, header: dict[str, Any], body: bytes) -> Answer:
+        commit = records.parse(Commit, header.get("commit"))
+        fragment = self._fragment({"fragment": commit.opening.fragment})
+        self.context.spawn(self._consider(fragment, commit, link.peer_id))
+        return {}, b""
+
+    async def _consider(self, fragment: _Fragment, commit: Commit, source: str) -> None:
+        with contextlib.suppress(NetworkError):  # the next status brings it up again
+            await fragment.applier.consider(commit, source=source)
+
+    async def _on_commits(self, link: Link, header: dict[str, Any], body: bytes) -> Answer:
+        return {}, self._fragment(header).applier.serve_commits(header)
+
+    async def _on_result(self, link: Link, header: dict[str, Any], body: bytes) -> Answer:
+        data = self.context.results.get(str(header.get("hash")))
+        if data is None:
+            raise PeerRefused("this peer does not have those bytes")
+        return {}, data
+
+    async def _on_state(self, link: Link, header: dict[str, Any], body: bytes) -> Answer:
+        return self._fragment(header).donor.manifest(header.get("digest"))
+
+    async def _on_chunk(self, link: Link, header: dict[str, Any], body: bytes) -> Answer:
+        return {}, self._fragment(header).donor.chunk(header.get("digest"), header.get("index"))
+
+    async def _on_knows(self, link: Link, header: dict[str, Any], body: bytes) -> Answer:
+        version, digest = header.get("version"), header.get("digest")
+        if not isinstance(version, int) or not isinstance(digest, str):
+            raise BadMessage("a head without version and digest")
+        return {"known": self._fragment(header).applier.history.knows(version, digest)}, b""
+
+

@@ -1,0 +1,50 @@
+"""What rounds need of the peer around them: identity, links, clock, the training thread's boundary, the event bus."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar
+
+from swarm.averaging.results import Results
+from swarm.config import RunConfig
+from swarm.events import Event
+from swarm.network.directory import Directory
+from swarm.network.endpoint import Endpoint
+from swarm.network.keys import Keypair
+
+T = TypeVar("T")
+
+
+class AtBoundary(Protocol):
+    """Runs a function between two microbatches of the training thread (at once where nothing trains)."""
+
+    def __call__(self, function: Callable[[], T]) -> Awaitable[T]: ...
+
+
+@dataclass
+class Context:
+    run: RunConfig
+    keypair: Keypair
+    endpoint: Endpoint
+    directory: Directory
+    at_boundary: AtBoundary
+    emit: Callable[[Event], None]
+    results: Results = field(default_factory=Results)
+    tasks: set[asyncio.Task[Any]] = field(default_factory=set)
+    _bytes_before: tuple[int, int] = (0, 0)
+
+    def spawn(self, coroutine: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+        """Start work that nobody waits for; it ends with the peer."""
+        task = asyncio.create_task(coroutine)
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+        return task
+
+    def bytes_since_last_round(self) -> tuple[int, int]:
+        """(sent, received) on all links since this was last asked: rounds, heartbeats, downloads, everything. Summed
+        over the events of a run this is the run's whole traffic with other peers, the DHT's own excepted."""
+        now = (self.endpoint.bytes_sent, self.endpoint.bytes_received)
+        before, self._bytes_before = self._bytes_before, now
+        return now[0] - before[0], now[1] - before[1]

@@ -1,0 +1,55 @@
+"""Decisions of a round, as pure functions: who opens, who reduces what, with which weights, and how long to wait."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+
+WEIGHT_CAP = 2.0
+"""a contribution weighs at most this many times the median, so that nobody takes a round over by claiming tokens"""
+
+
+def rank(peers: Sequence[str], *, fragment: int, version: int) -> list[str]:
+    """Peers in the order in which they may open the round to `version`: rendezvous hashing (Thaler, Ravishankar 1998),
+    so every peer computes the same order and each round has another first."""
+    def weight(peer_id: str) -> bytes:
+        return hashlib.sha256(f"{fragment}/{version}/{peer_id}".encode()).digest()
+
+    return sorted(peers, key=weight)
+
+
+def target_tokens(tokens_per_round: int, num_fragments: int, *, fragment: int, version: int, staggered: bool) -> int:
+    """Swarm tokens since the last commit at which a fragment is due. The first rounds are shorter by the fragment's
+    place, and so fragments take turns from then on: the uplink is used evenly and results are fresh."""
+    if staggered and version == 0:
+        return max(1, tokens_per_round * (fragment + 1) // num_fragments)
+    return tokens_per_round
+
+
+def split(num_blocks: int, owners: Sequence[str]) -> list[tuple[int, int, str]]:
+    """Parts (first block, end block, owner): equal runs of blocks, one an owner; owners in excess of blocks get none."""
+    owners = sorted(owners)[:num_blocks]
+    edges = [num_blocks * i // len(owners) for i in range(len(owners) + 1)]
+    return [(edges[i], edges[i + 1], owner) for i, owner in enumerate(owners)]
+
+
+def weights(tokens: Mapping[str, int]) -> dict[str, float]:
+    """Share of each contribution in the average, by tokens, capped; they add up to 1."""
+    cap = WEIGHT_CAP * statistics.median(tokens.values())
+    capped = {peer_id: min(float(count), cap) for peer_id, count in sorted(tokens.items())}
+    total = math.fsum(capped.values())
+    return {peer_id: count / total for peer_id, count in capped.items()}
+
+
+def deadline_s(recent_s: Sequence[float], *, bytes_each: int, floor_s: float = 3.0, ceiling_s: float = 600.0) -> float:
+    """How long to wait for a step of a round: median + 6 MAD of the recent ones, twice over; before there are any,
+    10 s and the bytes at 128 kB/s (a 1 Mbit/s uplink). Fixed timeouts are guesses (hivemind issue 676)."""
+    if len(recent_s) < 3:
+        guess = 10.0 + bytes_each / 128e3
+    else:
+        middle = statistics.median(recent_s)
+        spread = statistics.median(abs(value - middle) for value in recent_s)
+        guess = 2 * (middle + 6 * spread)
+    return min(max(guess, floor_s), ceiling_s)

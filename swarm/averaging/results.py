@@ -1,0 +1,68 @@
+"""Result bytes of recent rounds, by hash, and the commits that name them: what a peer needs to catch up a few rounds."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+
+from swarm.averaging.messages import Commit
+
+KEPT_BYTES = 512 * 1024 * 1024
+KEPT_COMMITS = 32
+
+
+class Results:
+    """Bytes by SHA-256, the newest `KEPT_BYTES` of them. Serves anyone: a hash gives away nothing."""
+
+    def __init__(self, kept_bytes: int = KEPT_BYTES) -> None:
+        self._kept_bytes, self._bytes = kept_bytes, 0
+        self._by_hash: OrderedDict[str, bytes] = OrderedDict()
+
+    def put(self, data: bytes) -> str:
+        key = hashlib.sha256(data).hexdigest()
+        if key not in self._by_hash:
+            self._by_hash[key] = data
+            self._bytes += len(data)
+            while self._bytes > self._kept_bytes and len(self._by_hash) > 1:
+                self._bytes -= len(self._by_hash.popitem(last=False)[1])
+        return key
+
+    def get(self, key: str) -> bytes | None:
+        return self._by_hash.get(key)
+
+
+class History:
+    """One fragment's applied commits, and the digests of its versions, newest last."""
+
+    def __init__(self) -> None:
+        self._commits: OrderedDict[int, Commit] = OrderedDict()
+        self._digests: OrderedDict[int, str] = OrderedDict()
+
+    def add(self, commit: Commit, digest: str) -> None:
+        self._commits[commit.opening.version] = commit
+        self.saw(commit.opening.version, digest)
+        while len(self._commits) > KEPT_COMMITS:
+            self._commits.popitem(last=False)
+
+    def saw(self, version: int, digest: str) -> None:
+        self._digests[version] = digest
+        while len(self._digests) > KEPT_COMMITS * 4:
+            self._digests.popitem(last=False)
+
+    def knows(self, version: int, digest: str) -> bool:
+        return self._digests.get(version) == digest
+
+    def commit(self, version: int) -> Commit | None:
+        return self._commits.get(version)
+
+    def since(self, version: int, *, limit: int) -> list[Commit]:
+        """Commits that lead on from `version`, without a gap; empty where the next one is no longer kept."""
+        commits = []
+        while (commit := self._commits.get(version + 1)) is not None and len(commits) < limit:
+            commits.append(commit)
+            version += 1
+        return commits
+
+    def forget(self) -> None:
+        """After a jump to a downloaded state: what came before may not lead here."""
+        self._commits.clear()

@@ -1,0 +1,126 @@
+"""Taking over the swarm's state: which head to believe, and downloading it.
+
+A head counts only when two peers attest it (all there are, if fewer). After a restart of a whole swarm the newest head
+may be known to one peer alone; it is then taken after a while, and said. The head with most tokens wins.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+from swarm.averaging.apply import Applier
+from swarm.averaging.context import Context
+from swarm.averaging.download import Wanted, download
+from swarm.errors import NetworkError, PeerRefused, StateError
+from swarm.events import Warning
+from swarm.network.records import Head
+
+ATTEST_S = 10.0
+ASK_S = 5.0
+MAX_ASKED = 8
+TRIES = 5
+
+log = logging.getLogger(__name__)
+
+
+class Synchroniser:
+    def __init__(self, context: Context, appliers: list[Applier]) -> None:
+        self._context, self._appliers = context, appliers
+        self.on_progress: Callable[[int, int], None] = lambda done, total: None
+        """bytes done and in all, of the fragment that is being downloaded"""
+
+    async def join(self) -> int:
+        """Bring every fragment to the swarm's newest head; returns the number of fragments that were downloaded.
+
+        Raises StateError where a newer head exists and nobody can give it.
+        """
+        downloaded = await asyncio.gather(*(self._join(index) for index in range(len(self._appliers))))
+        return sum(downloaded)
+
+    async def _join(self, index: int) -> bool:
+        heads = self._heads(index)
+        if not heads or max(head.tokens for head in heads.values()) <= self._appliers[index].ledger.state.tokens:
+            return False
+        await self.download(index)
+        return True
+
+    async def download(self, index: int) -> None:
+        """Download the head with most tokens and move over to it, keeping the drift. Raises StateError."""
+        applier = self._appliers[index]
+        problem: StateError | None = None
+        for _ in range(TRIES):
+            head, donors = await self._choose(index)
+            if head.tokens <= applier.ledger.state.tokens:
+                return
+            layout, ledger = applier.layout, applier.ledger
+            wanted = Wanted(index, head.digest, layout.numel, len(ledger.state.buffers))
+            try:
+                state = await download(
+                    self._context.endpoint, wanted, donors, maddrs=self._context.directory.maddrs,
+                    on_progress=self.on_progress,
+                )
+            except StateError as error:  # the round moved on while downloading: take a newer one
+                log.info("download of fragment %d: %s", index, error)
+                problem = error
+                await asyncio.sleep(0.5)
+                continue
+            absorbed = await self._absorbed(index, donors)
+            await applier.adopt(state, absorbed=absorbed)
+            return
+        assert problem is not None
+        raise problem
+
+    def _heads(self, index: int) -> dict[str, Head]:
+        alive = self._context.directory.alive()
+        return {peer_id: status.heads[index] for peer_id, status in alive.items() if len(status.heads) > index}
+
+    async def _choose(self, index: int) -> tuple[Head, list[str]]:
+        """The head with most tokens that two peers attest, and who knows it. Raises StateError: nobody is there."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + ATTEST_S
+        while True:
+            heads = self._heads(index)
+            if not heads:
+                raise StateError(f"nobody here holds fragment {index}", do="wait for another peer to come back")
+            for head in sorted(set(heads.values()), key=lambda head: (-head.tokens, head.digest)):
+                knowing = [peer_id for peer_id, other in heads.items() if other == head]
+                others = [peer_id for peer_id in heads if peer_id not in knowing][:MAX_ASKED]
+                answers = await asyncio.gather(*(self._knows(peer_id, index, head) for peer_id in others))
+                knowing += [peer_id for peer_id, known in zip(others, answers, strict=True) if known]
+                alone = len(knowing) < min(2, len(heads))
+                if alone and loop.time() < deadline:
+                    continue
+                if alone or len(heads) == 1:
+                    self._context.emit(Warning(
+                        f"fragment {index}: version {head.version} is attested by one peer only"
+                        + ("" if alone else ", there is no other to ask")
+                    ))
+                return head, knowing
+            await asyncio.sleep(0.3)
+
+    async def _knows(self, peer_id: str, index: int, head: Head) -> bool:
+        try:
+            answer, _ = await self._context.endpoint.call(
+                peer_id, "knows", {"fragment": index, "version": head.version, "digest": head.digest},
+                deadline_s=ASK_S, maddrs=self._context.directory.maddrs(peer_id),
+            )
+        except NetworkError:
+            return False
+        return answer.get("known") is True
+
+    async def _absorbed(self, index: int, donors: list[str]) -> list[str]:
+        """Own openings that are in the history of the state that was downloaded (their fate was unknown here)."""
+        applier = self._appliers[index]
+        outstanding = applier.ledger.outstanding()
+        if not outstanding:
+            return []
+        for donor in donors:
+            try:
+                commits = await applier.commits_of(donor, since=min(outstanding.values()) - 1)
+            except (NetworkError, PeerRefused):
+                continue
+            me = self._context.keypair.peer_id
+            return [c.opening.id for c in commits if c.opening.id in outstanding and c.includes(me)]
+        return []

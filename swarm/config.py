@@ -1,0 +1,275 @@
+"""The two configs, kept apart: what all peers of a run agree on, and what one machine decides for itself.
+
+`RunConfig` is a small document: YAML for people, canonical JSON for the hash. `run_id` is its name and the first
+12 hex digits of its SHA-256, so nobody can change a run without making another run (DESIGN 5).
+`PeerConfig` holds one machine's choices (flag > SWARM_* environment > --config file > default; see `swarm/cli.py`).
+Standard library and yaml only: `--help` must not wait for torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import re
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from swarm.errors import ConfigError
+
+MAX_RUN_CONFIG_BYTES = 8_000
+"""A run config travels in one DHT record, and records over 10 kB break the DHT."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which model: exactly one of `config` and `source`."""
+
+    config: dict[str, Any] | None = None
+    """Hugging Face config as in config.json, `model_type` included; weights are drawn from the run's seed"""
+    source: str | None = None
+    """a folder in Hugging Face layout, or a hub id; its weights are the start"""
+    revision: str | None = None
+    """of the hub id"""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which text: exactly one of `stdlib`, `files` and `hub`."""
+
+    stdlib: bool = False
+    """the running Python's own standard library and its documentation (about 12 MB, on every machine)"""
+    files: list[str] = field(default_factory=list)
+    """txt, jsonl or parquet files or glob patterns, read through `datasets`"""
+    hub: str | None = None
+    """a data set on the Hugging Face hub"""
+    revision: str | None = None
+    subset: str | None = None
+    split: str = "train"
+    text_field: str = "text"
+    held_out_percent: float = 4.0
+    """of the documents, chosen by the hash of their names; never trained on"""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    sequence_length: int = 128
+    """tokens"""
+    batch_sequences: int = 8
+    """sequences in one inner step of one peer"""
+    learning_rate: float = 1e-3
+    final_learning_rate: float = 0.1
+    """fraction of `learning_rate` at the end of the cosine"""
+    warmup_tokens: int = 0
+    total_tokens: int = 1_000_000
+    """the learning-rate schedule ends here; counted over the swarm, never in local steps"""
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0
+    """of each fragment's gradient, so that the cut does not change the arithmetic; 0: no clipping"""
+
+
+@dataclass(frozen=True)
+class AveragingConfig:
+    mode: str = "local"
+    """local: pseudo-gradients of many inner steps; sync: gradients of every step, fp32 (exact, for small LANs)"""
+    tokens_per_round: int = 20_000
+    """swarm tokens for a fragment between two of its rounds (sync: tokens of one step of the whole swarm)"""
+    max_round_s: float = 60.0
+    """a round opens after this many seconds even with fewer tokens"""
+    bits: int = 4
+    """on the wire: 4, 8 or 32 a value (norms, biases and embeddings at least 8)"""
+    outer_learning_rate: float = 0.7
+    outer_momentum: float = 0.9
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What a swarm trains. All its peers agree on every byte of it."""
+
+    name: str
+    model: ModelConfig
+    data: DataConfig
+    tokenizer: str = "bytes"
+    """"bytes", a folder, or a hub id"""
+    fragments: int = 4
+    seed: int = 0
+    train: TrainConfig = field(default_factory=TrainConfig)
+    averaging: AveragingConfig = field(default_factory=AveragingConfig)
+    initial_digests: list[str] = field(default_factory=list)
+    """of each fragment at version 0; filled in by the peer that starts the run, so that a joiner can check its start"""
+
+    def __post_init__(self) -> None:
+        _check_run(self)
+
+    @property
+    def run_id(self) -> str:
+        return f"{self.name}-{hashlib.sha256(canonical_json(self)).hexdigest()[:12]}"
+
+
+@dataclass(frozen=True)
+class PeerConfig:
+    """What one machine decides for itself."""
+
+    initial_peers: list[str] = field(default_factory=list)
+    """multiaddresses of peers to join through"""
+    new_swarm: bool = False
+    run: str | None = None
+    """file with the run config; only with new_swarm"""
+    run_id: str | None = None
+    """which run, where several share one DHT"""
+    home: str = "~/.swarm"
+    name: str | None = None
+    """what others see; default: two words made from the peer id"""
+    role: str = "trainer"
+    """trainer | rendezvous (a stable peer that others join through; trains nothing)"""
+    device: str = "auto"
+    """auto | cpu | cuda | cuda:N | mps"""
+    threads: int = 0
+    """CPU threads for training; 0: torch decides"""
+    listen: list[str] = field(default_factory=list)
+    """multiaddresses to listen on; default: a free TCP port on every interface, kept for the next start"""
+    announce: list[str] = field(default_factory=list)
+    """multiaddresses to tell others, where they differ from `listen` (port forwarding)"""
+    until_tokens: int | None = None
+    """leave cleanly once the swarm has trained this many tokens"""
+    ui: str = "auto"
+    """auto (live on a terminal, else plain) | plain | live | json"""
+    join_timeout_s: float = 60.0
+    """give up joining after this long"""
+    verbose: bool = False
+
+
+def canonical_json(run: RunConfig) -> bytes:
+    """The one spelling of a run config: sorted keys, no spaces, ASCII. Its SHA-256 names the run."""
+    return json.dumps(dataclasses.asdict(run), sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+
+def load_run(path: str | Path) -> RunConfig:
+    """Read a run config from YAML. Raises ConfigError naming the file and the key."""
+    path = Path(path)
+    try:
+        document = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"cannot read the run config {path}", why=str(error.strerror or error), do="check the path") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not YAML", why=str(error), do="see peers/runs/demo.yaml for an example") from None
+    return run_from_dict(document, origin=str(path))
+
+
+def run_from_json(text: bytes, *, run_id: str | None = None) -> RunConfig:
+    """Read a run config that came over the network; `run_id`: check that it is the one asked for.
+
+    Raises ConfigError where it is too long, not a run config, or where its hash is not the one in `run_id`.
+    """
+    if len(text) > MAX_RUN_CONFIG_BYTES:
+        raise ConfigError("a run config from the swarm is too long", why=f"{len(text)} > {MAX_RUN_CONFIG_BYTES} bytes")
+    try:
+        document = json.loads(text)
+    except (ValueError, RecursionError):
+        raise ConfigError("a run config from the swarm is not JSON", do="join through another peer") from None
+    run = run_from_dict(document, origin="the swarm's run config")
+    if run_id is not None and run.run_id != run_id:
+        raise ConfigError(
+            "the run config does not match its run_id",
+            why=f"asked for {run_id}, its content hashes to {run.run_id}: it was tampered with",
+            do="join through another peer",
+        )
+    return run
+
+
+def run_from_dict(document: Any, *, origin: str) -> RunConfig:
+    run: RunConfig = _build(RunConfig, document, origin=origin, at="")
+    return run
+
+
+def _build(cls: Any, document: Any, *, origin: str, at: str) -> Any:
+    """Make dataclass `cls` from plain data; unknown keys and wrong types are errors that name the key."""
+    where = at or "top level"
+    if not isinstance(document, dict):
+        raise ConfigError(f"{origin}: {where} must be keys and values", why=f"got {type(document).__name__}")
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    unknown = [key for key in document if key not in fields]
+    if unknown:
+        raise ConfigError(
+            f"{origin}: unknown key {', '.join(repr(f'{at}{key}') for key in unknown)}",
+            why="typos must not pass silently",
+            do=f"known here: {', '.join(fields)}",
+        )
+    missing = [
+        name for name, f in fields.items()
+        if name not in document and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise ConfigError(f"{origin}: missing key {', '.join(repr(f'{at}{key}') for key in missing)}")
+    hints = typing.get_type_hints(cls)
+    values = {key: convert(hints[key], value, origin=origin, at=f"{at}{key}") for key, value in document.items()}
+    try:
+        return cls(**values)
+    except ConfigError as error:
+        raise ConfigError(f"{origin}: {error.what}", why=error.why, do=error.do) from None
+
+
+def convert(hint: Any, value: Any, *, origin: str, at: str) -> Any:
+    """`value` as type `hint`, or ConfigError. Integers pass for floats, lists for tuples, never the other way."""
+    if dataclasses.is_dataclass(hint):
+        return _build(hint, value, origin=origin, at=f"{at}.")
+    kind, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if kind in (types.UnionType, typing.Union):
+        if value is None:
+            return None
+        return convert(next(a for a in arguments if a is not type(None)), value, origin=origin, at=at)
+    if kind is list and isinstance(value, (list, tuple)):
+        return [convert(arguments[0], item, origin=origin, at=at) for item in value]
+    if kind is tuple and isinstance(value, (list, tuple)) and len(value) == len(arguments):
+        return tuple(convert(a, item, origin=origin, at=at) for a, item in zip(arguments, value, strict=True))
+    if kind is dict and isinstance(value, dict):
+        return value
+    if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        if math.isfinite(value):
+            return float(value)
+    elif hint is int and isinstance(value, int) and not isinstance(value, bool):
+        return value
+    elif hint in (str, bool) and isinstance(value, hint):
+        return value
+    wanted = getattr(hint, "__name__", str(hint))
+    raise ConfigError(f"{origin}: {at} must be {wanted}", why=f"got {value!r}")
+
+
+def _check_run(run: RunConfig) -> None:
+    def need(ok: bool, what: str, why: str = "") -> None:
+        if not ok:
+            raise ConfigError(what, why=why)
+
+    model, data, train, averaging = run.model, run.data, run.train, run.averaging
+    need(re.fullmatch(r"[a-z0-9][a-z0-9-]{0,39}", run.name) is not None, "name must be 1-40 of a-z, 0-9 and -", f"got {run.name!r}")
+    need((model.config is None) != (model.source is None), "model needs exactly one of config and source")
+    need(model.config is None or isinstance(model.config.get("model_type"), str), "model.config needs a model_type")
+    need(data.stdlib + bool(data.files) + (data.hub is not None) == 1, "data needs exactly one of stdlib, files and hub")
+    need(0 < data.held_out_percent <= 50, "data.held_out_percent must be over 0 and at most 50")
+    need(1 <= run.fragments <= 256, "fragments must be 1 to 256")
+    need(0 <= run.seed < 2**31, "seed must be 0 to 2**31 - 1")
+    need(8 <= train.sequence_length <= 2**20, "train.sequence_length must be 8 to 2**20 tokens")
+    need(1 <= train.batch_sequences <= 2**16, "train.batch_sequences must be 1 to 65536")
+    need(0 < train.learning_rate <= 10, "train.learning_rate must be over 0 and at most 10")
+    need(0 <= train.final_learning_rate <= 1, "train.final_learning_rate is a fraction, 0 to 1")
+    need(train.warmup_tokens >= 0 and train.total_tokens > 0, "train.warmup_tokens and total_tokens must not be negative")
+    need(all(0 <= beta < 1 for beta in train.betas), "train.betas must be 0 to below 1")
+    need(train.weight_decay >= 0 and train.clip_norm >= 0, "train.weight_decay and clip_norm must not be negative")
+    need(averaging.mode in ("local", "sync"), "averaging.mode must be local or sync", f"got {averaging.mode!r}")
+    need(averaging.bits in (4, 8, 32), "averaging.bits must be 4, 8 or 32", f"got {averaging.bits}")
+    need(averaging.mode == "local" or averaging.bits == 32, "averaging.mode sync is exact: it needs bits 32")
+    need(averaging.tokens_per_round > 0, "averaging.tokens_per_round must be positive")
+    need(0.1 <= averaging.max_round_s <= 86_400, "averaging.max_round_s must be 0.1 to 86400")
+    need(0 < averaging.outer_learning_rate <= 10, "averaging.outer_learning_rate must be over 0 and at most 10")
+    need(0 <= averaging.outer_momentum < 1, "averaging.outer_momentum must be 0 to below 1")
+    need(len(run.initial_digests) in (0, run.fragments), "initial_digests needs one digest a fragment")
+    need(all(re.fullmatch(r"[0-9a-f]{64}", d) for d in run.initial_digests), "initial_digests must be SHA-256 in hex")
+    size = len(canonical_json(run))
+    need(size <= MAX_RUN_CONFIG_BYTES, "the run config is too long for a DHT record", f"{size} > {MAX_RUN_CONFIG_BYTES} bytes")

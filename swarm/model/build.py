@@ -1,0 +1,185 @@
+"""Run config -> a Hugging Face causal language model, in fp32 on the CPU, ready to train.
+
+`resolve` first turns a run that names a folder of this machine into one that any joiner can build: the folder's
+config.json moves into the run config; the weights then travel from peer to peer, checked by `initial_digests`.
+The head is always untied from the embedding: they may lie in different fragments, on different peers (DESIGN 6).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+from swarm.config import RunConfig
+from swarm.errors import ConfigError
+from swarm.model.architecture import (
+    INVALID,
+    architecture,
+    from_values,
+    hub_error,
+    is_folder,
+    not_valid,
+    one_line,
+    read_config,
+)
+from swarm.model.fragments import embedding_rows
+
+_auto: Any = AutoModelForCausalLM  # its methods have no types
+
+BYTES_VOCABULARY = 257
+"""of the tokenizer "bytes": `swarm.data.tokenizer` makes it (siblings cannot import each other; a test compares)"""
+
+NOISE = frozenset(
+    {"transformers_version", "_name_or_path", "torch_dtype", "dtype", "use_cache", "_attn_implementation"}
+)
+"""keys of config.json that say where a file came from or how it was run, not what the model is"""
+
+
+def resolve(run: RunConfig) -> RunConfig:
+    """`run` as it can be published: no path of this machine in `model`.
+
+    A local folder in `model.source` becomes `model.config`, with the head untied; a hub id or a config stays as it is.
+    The caller keeps the folder for `build_model(weights_from=...)` and fills in `initial_digests`.
+    Raises ConfigError: no such folder, no config.json in it, a config too long for a DHT record.
+    """
+    source = run.model.source
+    if source is None or not is_folder(source):
+        return run
+    config = {key: value for key, value in read_config(Path(source).expanduser()).items() if key not in NOISE}
+    config["tie_word_embeddings"] = False
+    model = dataclasses.replace(run.model, config=config, source=None, revision=None)
+    try:
+        return dataclasses.replace(run, model=model)
+    except ValueError as error:  # NaN or Infinity, which canonical JSON has not
+        raise ConfigError(
+            f"{source}/config.json cannot be published", why=str(error), do="remove that value"
+        ) from None
+
+
+def build_model(
+    run: RunConfig,
+    *,
+    weights_from: str | None = None,
+    tokenizer_size: int | None = None,
+) -> PreTrainedModel:
+    """The run's model on the CPU: fp32, train mode, no cache, head untied (the logits are those of the tied model).
+
+    Weights: from `weights_from` (a folder in Hugging Face layout with the run's architecture), else from
+    `model.source`, else random from `run.seed` (torch's own random state is left alone).
+    `tokenizer_size`: len(tokenizer), to check that the model has a row for each token; known for "bytes".
+    Raises ConfigError: folder or hub id that cannot be read, unknown model_type, not a causal LM, quantised weights,
+    weights that are missing or of another shape, vocabulary smaller than the tokenizer's.
+    """
+    source = weights_from or run.model.source
+    config = architecture(run)
+    if source is None:
+        model = _initialise(config, run.seed)
+    else:
+        model = _load(source, config, revision=None if weights_from else run.model.revision)
+    nn.Module.to(model, dtype=torch.float32)
+    model.config.use_cache = False  # a cache of keys and values is memory that training never reads
+    _untie(model)
+    if getattr(config, "is_decoder", None) is False:
+        _check_causal(model)
+    needed = tokenizer_size or (BYTES_VOCABULARY if run.tokenizer == "bytes" else 0)
+    rows = embedding_rows(model)
+    if rows < needed:
+        raise ConfigError(
+            "the model's vocabulary is smaller than the tokenizer's",
+            why=f"vocab_size is {rows}, the tokenizer {run.tokenizer!r} has {needed} tokens",
+            do=f"set vocab_size to {needed} or more in model.config, or use the model's own tokenizer",
+        )
+    model.train()
+    return model
+
+
+def _initialise(config: PreTrainedConfig, seed: int) -> PreTrainedModel:
+    # devices=[] and the CPU's own generator: torch.manual_seed would also reseed every GPU, for good
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        torch.default_generator.manual_seed(seed)
+        try:
+            model: PreTrainedModel = _auto.from_config(config, dtype=torch.float32)
+        except INVALID as error:
+            raise not_valid(error) from None
+    return model
+
+
+def _load(source: str, config: PreTrainedConfig, *, revision: str | None) -> PreTrainedModel:
+    folder = is_folder(source)
+    path = str(Path(source).expanduser()) if folder else source
+    if folder:
+        stored = read_config(Path(path))
+        theirs = from_values(stored) if stored["model_type"] == config.model_type else None
+        if theirs is None or theirs.num_hidden_layers != config.num_hidden_layers:
+            layers = "" if theirs is None else f" with {theirs.num_hidden_layers} layers"
+            raise ConfigError(
+                f"the weights in {source} are of another model",
+                why=f"they are {stored['model_type']}{layers}, the run trains {config.model_type}"
+                f" with {config.num_hidden_layers}",
+                do="use the folder that the run was made from",
+            )
+        # the file's word and not the run's: a tied file holds no head, and the run's config is untied
+        config.tie_word_embeddings = theirs.tie_word_embeddings
+    try:
+        model, info = _auto.from_pretrained(
+            path,
+            config=config,
+            revision=revision or "main",
+            dtype=torch.float32,
+            output_loading_info=True,
+            trust_remote_code=False,
+            ignore_mismatched_sizes=True,
+        )
+    except OSError as error:
+        raise hub_error(source, error) from None
+    except (*INVALID, SafetensorError) as error:
+        raise ConfigError(f"cannot load the weights of {source}", why=one_line(error), do="check the files") from None
+    # without this check transformers goes on with random numbers where a tensor is missing or has another shape
+    wrong = sorted(
+        {*info["missing_keys"], *(key[0] if isinstance(key, tuple) else key for key in info["mismatched_keys"])}
+    )
+    if wrong:
+        raise ConfigError(
+            f"the weights in {source} do not fit the run's model",
+            why=f"{len(wrong)} tensors are missing or have another shape, the first is {wrong[0]}",
+            do="use the folder that the run was made from",
+        )
+    assert isinstance(model, PreTrainedModel)
+    return model
+
+
+def _untie(model: PreTrainedModel) -> None:
+    """Give the head weights of its own. Equal ones, so that nothing changes until it is trained."""
+    head: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    if head is None:
+        return
+    embedding: Any = model.get_input_embeddings()
+    if head.weight is embedding.weight:
+        head.weight = nn.Parameter(head.weight.detach().clone())
+    # both, or save_pretrained and generate would tie it again
+    model.config.tie_word_embeddings = False
+    model.all_tied_weights_keys = {}
+
+
+def _check_causal(model: PreTrainedModel) -> None:
+    """BERT and its like look ahead unless is_decoder is set. Training them would look splendid."""
+    model.train(False)
+    call: Any = model
+    with torch.no_grad():
+        logits = call(input_ids=torch.tensor([[1, 2], [1, 3]])).logits[:, 0]
+    if not torch.allclose(logits[0], logits[1], atol=1e-4):
+        raise ConfigError(
+            f"this {model.config.model_type} model is not a causal language model",
+            why="its first token sees the second one",
+            do="set is_decoder: true in model.config, or use a decoder such as gptj or llama",
+        )

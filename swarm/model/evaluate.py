@@ -1,0 +1,89 @@
+"""How good a model is: its loss on held-out text, and a sample to read.
+
+Both put the model back as it was (train or eval mode, torch's random state), so they may run between two inner steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.nn import functional
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from swarm.model.fragments import embedding_rows
+
+
+def held_out_loss(model: PreTrainedModel, sequences: torch.Tensor, batch_sequences: int = 16) -> float:
+    """Mean loss in nats a token, of each token but a sequence's first given those before it.
+
+    `sequences`: int64 [n, sequence_length], n >= 1, sequence_length >= 2. With byte tokens this is nats a byte.
+    The mean is over tokens, so `batch_sequences` changes memory and speed, not the result.
+    """
+    total, count = 0.0, 0
+    with _evaluating(model):
+        for start in range(0, len(sequences), batch_sequences):
+            batch = sequences[start : start + batch_sequences].to(model.device)
+            logits = model(input_ids=batch).logits[:, :-1].float()  # [batch, length - 1, vocabulary]
+            targets = batch[:, 1:]
+            total += functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum").item()
+            count += targets.numel()
+    return total / count
+
+
+def sample_text(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    max_new_tokens: int = 100,
+    seed: int = 0,
+    temperature: float = 0.8,
+) -> str:
+    """What the model writes after `prompt` (not included), up to its end-of-text token or `max_new_tokens`.
+
+    The same on one machine for the same seed; temperature 0 is greedy. An empty prompt starts from the end-of-text
+    token. A prompt too long for the model's positions loses its beginning.
+    """
+    ids = tokenizer.encode(prompt, add_special_tokens=False) or [tokenizer.eos_token_id]
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None:
+        max_new_tokens = min(max_new_tokens, positions - 1)
+        ids = ids[-(positions - max_new_tokens) :]
+    inputs = torch.tensor([ids], device=model.device)
+    # rows of the embedding that no token uses (a vocabulary rounded up) would decode to nothing
+    unused = list(range(len(tokenizer), embedding_rows(model)))
+    how = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature > 0 else {"do_sample": False}
+    generator: Any = model  # PreTrainedModel does not declare it, each causal LM has it
+    devices = [model.device] if model.device.type == "cuda" else []
+    with _evaluating(model), torch.random.fork_rng(devices=devices):
+        # not torch.manual_seed: it reseeds every GPU, and only this one's state comes back
+        torch.default_generator.manual_seed(seed)
+        for device in devices:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        output = generator.generate(
+            input_ids=inputs,
+            attention_mask=torch.ones_like(inputs),
+            max_new_tokens=max_new_tokens,
+            use_cache=True,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.eos_token_id,
+            suppress_tokens=unused or None,
+            **how,
+        )
+    text = tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True)
+    assert isinstance(text, str)
+    return text
+
+
+@contextmanager
+def _evaluating(model: PreTrainedModel) -> Iterator[None]:
+    training = model.training
+    model.train(False)
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)

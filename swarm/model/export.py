@@ -1,0 +1,95 @@
+"""A trained model as a plain Hugging Face folder, to be used without any code of ours.
+
+Written beside its place and then renamed: a crash or a full disk never leaves half a model under the name that
+somebody will load. An earlier export is replaced; anything else is not touched.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from swarm.errors import ConfigError, HomeError
+
+MARKER = ".swarm-export"
+"""lists the files we wrote: what makes a folder ours to replace"""
+
+
+def export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write config.json, model.safetensors, generation_config.json and the tokenizer's files to `folder`.
+
+    `AutoModelForCausalLM.from_pretrained(folder)` then gives bit-identical logits. The model must not be trained
+    meanwhile.
+    Raises ConfigError where `folder` holds anything but an earlier export, HomeError where it cannot be written.
+    """
+    folder = folder.expanduser().resolve()
+    _check_replaceable(folder)
+    fresh, old = (folder.parent / f".{folder.name}.{word}-{os.getpid()}" for word in ("new", "old"))
+    try:
+        _remove(fresh)
+        fresh.mkdir(parents=True)
+        model.save_pretrained(fresh)
+        tokenizer.save_pretrained(fresh)
+        _for_use(fresh, tokenizer)
+        names = sorted(path.name for path in fresh.iterdir())
+        (fresh / MARKER).write_text("\n".join(names) + "\n", encoding="utf-8")
+        if folder.exists():
+            _remove(old)
+            folder.rename(old)
+        fresh.rename(folder)
+    except OSError as error:
+        if old.exists() and not folder.exists():
+            old.rename(folder)
+        raise HomeError(
+            f"cannot write the model to {folder}",
+            why=str(error.strerror or error),
+            do="check permissions and free space",
+        ) from None
+    finally:
+        _remove(fresh)
+    _remove(old)
+
+
+def _check_replaceable(folder: Path) -> None:
+    if not folder.exists():
+        return
+    what, do = f"{folder} is not an earlier export: not overwritten", "choose another folder, or empty this one first"
+    if not folder.is_dir():
+        raise ConfigError(what, why="it is a file", do=do)
+    present = {path.name for path in folder.iterdir()}
+    if not present:
+        return
+    if MARKER not in present:
+        raise ConfigError(what, why=f"it holds {', '.join(sorted(present)[:3])}", do=do)
+    ours = {MARKER, *(folder / MARKER).read_text(encoding="utf-8").splitlines()}
+    if present - ours:
+        raise ConfigError(
+            f"{folder} holds files that were added after its export: not overwritten",
+            why=", ".join(sorted(present - ours)[:3]),
+            do="move them elsewhere, or choose another folder",
+        )
+
+
+def _for_use(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Undo what is right in training only, in the files and not in the live model."""
+    eos = tokenizer.eos_token_id
+    bos = eos if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    for path in (folder / "config.json", folder / "generation_config.json"):
+        if not path.exists():
+            continue
+        values = json.loads(path.read_text(encoding="utf-8"))
+        values["use_cache"] = True
+        # documents were parted by the tokenizer's token; a class default (50256 for GPT-J, whatever the vocabulary)
+        # would let generate() run on for ever. A list is somebody's choice: chat models stop at several tokens
+        for key, token in (("eos_token_id", eos), ("bos_token_id", bos)):
+            if not isinstance(values.get(key), list):
+                values[key] = token
+        path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _remove(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)

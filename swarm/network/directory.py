@@ -1,0 +1,193 @@
+"""Who is in the swarm, as this peer sees it: the statuses that peers tell each other directly, every second.
+
+The DHT fills it at the start and now and then; from then on news comes from the peers themselves, and each passes on
+the addresses of a few others (gossip), so the swarm holds together when the DHT or the first peer is gone (I5).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from swarm.errors import NetworkError, PeerRefused
+from swarm.network import records
+from swarm.network.dht import Dht
+from swarm.network.endpoint import Endpoint
+from swarm.network.link import Answer, Link
+from swarm.network.records import Maddr, PeerIdText, Status, Strict
+
+HEARTBEAT_S = 1.0
+ALIVE_S = 6.0
+"""silent for longer than this: not counted on for a round"""
+FORGET_S = 120.0
+DHT_TTL_S = 60.0
+MAX_PEERS = 1000
+MAX_HEARTBEATS = 32
+"""peers told in one beat; in a larger swarm each beat takes others at random"""
+MAX_GOSSIP = 8
+
+log = logging.getLogger(__name__)
+
+
+class Contact(Strict):
+    """Another peer's address, passed on."""
+
+    peer_id: PeerIdText
+    maddrs: Annotated[list[Maddr], Field(max_length=8)]
+
+
+class Beat(Strict):
+    status: Status
+    contacts: Annotated[list[Contact], Field(max_length=MAX_GOSSIP)] = []
+
+
+@dataclass
+class Known:
+    """What is known of one other peer. `heard_at`: on the loop's clock, of its last word to us."""
+
+    maddrs: list[str]
+    status: Status | None = None
+    heard_at: float = float("-inf")
+    tried_at: float = float("-inf")
+
+
+class Directory:
+    def __init__(
+        self, endpoint: Endpoint, dht: Dht, *, run_id: str, my_status: Callable[[], Status], rng: random.Random
+    ) -> None:
+        self._endpoint, self._dht, self._run_id, self._my_status, self._rng = endpoint, dht, run_id, my_status, rng
+        self._known: dict[str, Known] = {}
+        self._tasks: list[asyncio.Task[None]] = []
+        self._beating: set[asyncio.Task[None]] = set()
+        self.on_status: Callable[[str, Status], None] = lambda peer_id, status: None
+        self.on_new_address: Callable[[list[str]], None] = lambda maddrs: None
+        endpoint.on("status", self._on_status)
+        endpoint.on_link_closed = self._on_link_closed
+
+    def start(self) -> None:
+        self._tasks = [asyncio.create_task(self._beat_forever()), asyncio.create_task(self._dht_forever())]
+
+    def alive(self) -> dict[str, Status]:
+        """Peers of this run that spoke to us in the last `ALIVE_S` seconds; not this one, no observers."""
+        now = asyncio.get_running_loop().time()
+        return {
+            peer_id: known.status
+            for peer_id, known in self._known.items()
+            if known.status is not None and now - known.heard_at < ALIVE_S and known.status.role != "observer"
+        }
+
+    def maddrs(self, peer_id: str) -> list[str]:
+        return self._known[peer_id].maddrs if peer_id in self._known else []
+
+    def meet(self, peer_id: str, maddrs: list[str]) -> None:
+        """Learn of a peer; it is asked for its status at the next beat."""
+        if peer_id == self._endpoint.peer_id or (peer_id not in self._known and len(self._known) >= MAX_PEERS):
+            return
+        known = self._known.setdefault(peer_id, Known([]))
+        if maddrs and maddrs != known.maddrs:
+            known.maddrs = maddrs
+            self.on_new_address(maddrs)
+
+    async def tell(self, peer_id: str) -> None:
+        """Exchange statuses with one peer now. A failure is no news: the next beat tries again."""
+        known = self._known.get(peer_id)
+        if known is None:
+            return
+        known.tried_at = asyncio.get_running_loop().time()
+        try:
+            answer, _ = await self._endpoint.call(
+                peer_id, "status", self._my_beat(peer_id), deadline_s=ALIVE_S, maddrs=known.maddrs
+            )
+            self._hear(peer_id, records.parse(Beat, answer))
+        except NetworkError as error:
+            log.debug("no status from %s: %s", peer_id, error)
+
+    async def tell_all(self) -> None:
+        """Exchange statuses with everybody now, and refresh the DHT's copy."""
+        await asyncio.gather(*(self.tell(peer_id) for peer_id in self.alive()), self._publish())
+
+    async def refresh(self) -> None:
+        """Read the DHT and meet whoever is in it."""
+        for peer_id, status in (await self._dht.statuses(self._run_id)).items():
+            if status.role != "observer":
+                self.meet(peer_id, status.maddrs)
+
+    def _my_beat(self, to: str) -> dict[str, Any]:
+        alive = [peer_id for peer_id in self.alive() if peer_id != to and self._known[peer_id].maddrs]
+        chosen = self._rng.sample(alive, min(len(alive), 2))
+        contacts = [Contact(peer_id=peer_id, maddrs=self._known[peer_id].maddrs[:8]) for peer_id in chosen]
+        return Beat(status=self._my_status(), contacts=contacts).model_dump(exclude_defaults=True)
+
+    async def _on_status(self, link: Link, header: dict[str, Any], body: bytes) -> Answer:
+        beat = records.parse(Beat, header)
+        if beat.status.run_id != self._run_id:
+            raise PeerRefused(f"this peer trains {self._run_id}")
+        self._hear(link.peer_id, beat)
+        return self._my_beat(link.peer_id), b""
+
+    def _hear(self, peer_id: str, beat: Beat) -> None:
+        if beat.status.run_id != self._run_id:
+            return
+        if beat.status.role != "observer":
+            self.meet(peer_id, beat.status.maddrs)
+            if peer_id in self._known:
+                known = self._known[peer_id]
+                known.status, known.heard_at = beat.status, asyncio.get_running_loop().time()
+                self.on_status(peer_id, beat.status)
+        for contact in beat.contacts:
+            if contact.peer_id not in self._known:
+                self.meet(contact.peer_id, contact.maddrs)
+
+    def _on_link_closed(self, peer_id: str) -> None:
+        """The connection ended: most likely the process did. Do not count on it until it speaks again."""
+        if peer_id in self._known:
+            self._known[peer_id].heard_at = float("-inf")
+
+    async def _beat_forever(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            now = loop.time()
+            alive = self.alive()
+            due = [
+                peer_id for peer_id, known in self._known.items()
+                if now - max(known.tried_at, known.heard_at) >= (HEARTBEAT_S if peer_id in alive else 3 * HEARTBEAT_S)
+            ]
+            for peer_id in self._rng.sample(due, min(len(due), MAX_HEARTBEATS)):
+                self._known[peer_id].tried_at = now
+                task = asyncio.create_task(self.tell(peer_id))
+                self._beating.add(task)
+                task.add_done_callback(self._beating.discard)
+            for peer_id, known in list(self._known.items()):
+                known_for = now - max(known.heard_at, 0.0)
+                if known.heard_at > 0 and known_for > FORGET_S:
+                    del self._known[peer_id]
+            await asyncio.sleep(HEARTBEAT_S * self._rng.uniform(0.4, 0.6))
+
+    async def _dht_forever(self) -> None:
+        while True:
+            with contextlib.suppress(Exception):  # a hint: whatever goes wrong here goes right next time
+                await self._publish()
+                await self.refresh()
+            await asyncio.sleep(DHT_TTL_S / 4 * self._rng.uniform(0.8, 1.2))
+
+    async def _publish(self) -> None:
+        status = self._my_status()
+        if status.role == "observer":
+            return
+        text = json.dumps(status.model_dump(exclude_defaults=True), separators=(",", ":"))
+        if len(text) > records.MAX_RECORD_BYTES * 3 // 4:  # heads of very many fragments: they are told directly
+            text = json.dumps(status.model_copy(update={"heads": [], "pending": []}).model_dump())
+        await self._dht.publish(f"{self._run_id}/peers", text, ttl_s=DHT_TTL_S)
+
+    async def stop(self) -> None:
+        for task in [*self._tasks, *self._beating]:
+            task.cancel()
+        await asyncio.gather(*self._tasks, *self._beating, return_exceptions=True)

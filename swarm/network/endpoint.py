@@ -1,0 +1,177 @@
+"""An endpoint: this peer's links to all others, dialled when needed, and the methods that others may call.
+
+Every link starts with `hello` both ways: protocol version, session, clock. Two processes with one identity would each
+get half of the streams, so the second is refused here while the first is alive; clocks are compared here because DHT
+records of a peer that is seconds off expire at the wrong time for everyone else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import secrets
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from hivemind.p2p import PeerID
+from hivemind.p2p.p2p_daemon_bindings.utils import ControlFailure
+from hivemind.utils.multiaddr import Multiaddr
+
+from swarm.errors import NetworkError, PeerGone, PeerRefused
+from swarm.network.daemon import Daemon
+from swarm.network.link import Answer, Handler, Link, Method
+
+PROTOCOL = "/swarm/1"
+DIAL_S = 10.0
+HELLO_S = 10.0
+MAX_LINKS = 512
+MAX_LINKS_OF_ONE_PEER = 4
+SAME_IDENTITY = "this identity is in use"
+TWIN_ALIVE_S = 5.0
+"""a peer heard from within this time is alive (heartbeats come every second)"""
+
+log = logging.getLogger(__name__)
+
+
+class Endpoint:
+    def __init__(self, daemon: Daemon, peer_id: str, *, clock: Callable[[], float]) -> None:
+        self.peer_id = peer_id
+        self.session = secrets.token_hex(8)
+        self.skews_s: dict[str, float] = {}
+        """each greeted peer's clock minus ours"""
+        self.on_link_closed: Callable[[str], None] = lambda peer_id: None
+        self._p2p, self._clock = daemon.p2p, clock
+        self._links: defaultdict[str, list[Link]] = defaultdict(list)
+        self._dialling: dict[str, asyncio.Task[Link]] = {}
+        self._methods: dict[str, Method] = {"hello": Method(self._on_hello, 0)}
+        self._closed_bytes = [0, 0]
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def start(self) -> None:
+        await self._p2p.add_binary_stream_handler(PROTOCOL, self._on_stream)
+
+    def on(self, method: str, handler: Handler, *, max_body: int = 0) -> None:
+        """Let other peers call `method`. `handler(link, header, body)` answers (header, body) or raises NetworkError."""
+        self._methods[method] = Method(handler, max_body)
+
+    @property
+    def bytes_sent(self) -> int:
+        return self._closed_bytes[0] + sum(link.bytes_sent for link in self._all_links())
+
+    @property
+    def bytes_received(self) -> int:
+        return self._closed_bytes[1] + sum(link.bytes_received for link in self._all_links())
+
+    def is_linked(self, peer_id: str) -> bool:
+        return any(link.greeted and not link.closed.is_set() for link in self._links.get(peer_id, ()))
+
+    def linked_peers(self) -> list[str]:
+        return [peer_id for peer_id in list(self._links) if self.is_linked(peer_id)]
+
+    async def call(
+        self, peer_id: str, method: str, header: dict[str, Any] | None = None, body: bytes = b"", *,
+        deadline_s: float, max_answer: int = 0, maddrs: Iterable[str] = (),
+    ) -> Answer:
+        """Ask one peer, over an open link or a new one. Raises PeerGone or PeerRefused."""
+        link = await self.link_to(peer_id, maddrs=maddrs)
+        return await link.call(method, header, body, deadline_s=deadline_s, max_answer=max_answer)
+
+    async def link_to(self, peer_id: str, *, maddrs: Iterable[str] = ()) -> Link:
+        """The link to a peer; dialled once even when many ask at the same time. Raises PeerGone with the reason."""
+        for link in reversed(self._links.get(peer_id, ())):
+            if link.greeted and not link.closed.is_set():
+                return link
+        if peer_id not in self._dialling:
+            task = asyncio.create_task(self._dial(peer_id, list(maddrs)))
+            self._dialling[peer_id] = task
+            task.add_done_callback(lambda done: self._dialling.pop(peer_id, None) and done.exception())
+        return await asyncio.shield(self._dialling[peer_id])
+
+    async def _dial(self, peer_id: str, maddrs: list[str]) -> Link:
+        if peer_id == self.peer_id:
+            raise PeerGone("that is this peer itself")
+        target = PeerID.from_base58(peer_id)
+        try:
+            if maddrs:
+                with contextlib.suppress(ControlFailure):  # its routing table may still know a better address
+                    addresses = [Multiaddr(maddr.split("/p2p/")[0]) for maddr in maddrs]
+                    await asyncio.wait_for(self._p2p._client.connect(target, addresses), DIAL_S)
+            info, reader, writer = await asyncio.wait_for(
+                self._p2p.call_binary_stream_handler(target, PROTOCOL), DIAL_S
+            )
+        except asyncio.TimeoutError:
+            raise PeerGone(f"cannot reach {peer_id}", why=f"no answer within {DIAL_S:.0f} s") from None
+        except (ControlFailure, OSError, asyncio.IncompleteReadError) as error:
+            raise PeerGone(f"cannot reach {peer_id}", why=str(error) or type(error).__name__) from None
+        link = self._add(peer_id, reader, writer, str(info.addr))
+        asked = self._clock()
+        try:
+            answer, _ = await link.call("hello", {"v": 1, "session": self.session, "time": asked}, deadline_s=HELLO_S)
+        except NetworkError:
+            link.close("no greeting")
+            raise
+        self._greeted(link, answer, (asked + self._clock()) / 2)
+        return link
+
+    async def _on_stream(self, info: Any, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        peer_id = info.peer_id.to_base58()
+        crowded = len(self._links[peer_id]) >= MAX_LINKS_OF_ONE_PEER or sum(map(len, self._links.values())) >= MAX_LINKS
+        if crowded:
+            writer.close()
+            return
+        link = self._add(peer_id, reader, writer, str(info.addr))
+        try:
+            await asyncio.sleep(HELLO_S)
+            if not link.greeted:
+                link.close("it did not say hello")
+        except asyncio.CancelledError:
+            link.close("leaving")
+
+    async def _on_hello(self, link: Link, header: dict[str, Any], body: bytes) -> Answer:
+        now = asyncio.get_running_loop().time()
+        for other in self._links.get(link.peer_id, ()):
+            alive = not other.closed.is_set() and now - other.last_heard < TWIN_ALIVE_S
+            if other is not link and alive and other.greeted and other.session != header.get("session"):
+                raise PeerRefused(SAME_IDENTITY)
+        self._greeted(link, header, self._clock())
+        return {"v": 1, "session": self.session, "time": self._clock()}, b""
+
+    def _greeted(self, link: Link, header: dict[str, Any], now: float) -> None:
+        version, session, theirs = header.get("v"), header.get("session"), header.get("time")
+        if version != 1 or not isinstance(session, str) or len(session) > 64 or not isinstance(theirs, (int, float)):
+            link.close("a greeting we do not understand")
+            raise PeerRefused("we speak version 1 of the protocol", do="use the same version of this program")
+        link.session = session
+        link.greeted = True
+        self.skews_s[link.peer_id] = theirs - now
+
+    def _add(
+        self, peer_id: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, observed_maddr: str
+    ) -> Link:
+        link = Link(peer_id, reader, writer, self._methods, observed_maddr)
+        self._links[peer_id].append(link)
+        task = asyncio.create_task(self._forget_when_closed(link))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return link
+
+    async def _forget_when_closed(self, link: Link) -> None:
+        await link.closed.wait()
+        self._links[link.peer_id].remove(link)
+        self._closed_bytes[0] += link.bytes_sent
+        self._closed_bytes[1] += link.bytes_received
+        if not self._links[link.peer_id]:
+            del self._links[link.peer_id]
+        if link.greeted and not self.is_linked(link.peer_id):
+            self.on_link_closed(link.peer_id)
+
+    def _all_links(self) -> list[Link]:
+        return [link for links in self._links.values() for link in links]
+
+    async def stop(self) -> None:
+        for link in self._all_links():
+            link.close("leaving")
+        for task in self._tasks:
+            task.cancel()

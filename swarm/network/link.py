@@ -1,0 +1,258 @@
+"""A link: one raw stream kept open between two peers, on which both ask and answer.
+
+The side behind a router dials; after that the direction makes no difference, so peers without incoming connections
+take full part. Every read and write has a deadline: a peer that stops taking our bytes for `STALL_S` is gone. When a
+link ends, all calls that wait on it fail with PeerGone at once - the death of a process is noticed in milliseconds,
+that of a frozen machine by the deadline of the call.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections import deque
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from swarm.errors import BadMessage, NetworkError, PeerGone, PeerRefused
+from swarm.network import frames
+
+STALL_S = 20.0
+MAX_CALLS = 64
+"""unanswered requests that one peer may have with us"""
+MAX_WAITING_BYTES = 256 * 1024 * 1024
+"""request bodies of one peer that may be on their way at once"""
+
+log = logging.getLogger(__name__)
+
+Answer = tuple[dict[str, Any], bytes]
+Handler = Callable[["Link", dict[str, Any], bytes], Awaitable[Answer]]
+
+
+@dataclass
+class Method:
+    """What a peer may ask of us. `max_body`: bytes, checked before anything is allocated."""
+
+    handler: Handler
+    max_body: int
+
+
+@dataclass
+class _Call:
+    future: asyncio.Future[Answer]
+    max_answer: int
+    head: dict[str, Any] | None = None
+    expected: int = 0
+    body: bytearray = field(default_factory=bytearray)
+    answered: bool = False
+
+
+@dataclass
+class _Request:
+    method: Method
+    head: dict[str, Any]
+    expected: int
+    body: bytearray = field(default_factory=bytearray)
+
+
+class Link:
+    def __init__(
+        self, peer_id: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, methods: dict[str, Method],
+        observed_maddr: str = "",
+    ) -> None:
+        self.peer_id = peer_id
+        self.observed_maddr = observed_maddr
+        self.bytes_sent = self.bytes_received = 0
+        self.greeted = False
+        """the other side has said who it is; until then it may ask for nothing else"""
+        self.session = ""
+        self.last_heard = asyncio.get_running_loop().time()
+        self._reader, self._writer, self._methods = reader, writer, methods
+        self._urgent: deque[bytes] = deque()
+        self._bulk: deque[tuple[int, int, memoryview]] = deque()
+        self._wake, self._room = asyncio.Event(), asyncio.Event()
+        self._calls: dict[int, _Call] = {}
+        self._requests: dict[int, _Request] = {}
+        self._answering: dict[int, asyncio.Task[None]] = {}
+        self._next_call = 0
+        self.closed = asyncio.Event()
+        self._tasks = [asyncio.create_task(self._read_loop()), asyncio.create_task(self._write_loop())]
+
+    async def call(
+        self, method: str, header: dict[str, Any] | None = None, body: bytes = b"", *,
+        deadline_s: float, max_answer: int = 0,
+    ) -> Answer:
+        """Ask and wait for the answer (header, body of at most `max_answer` bytes).
+
+        Raises PeerGone when the link ends or the deadline passes, PeerRefused with the other side's reason.
+        """
+        if self.closed.is_set():
+            raise PeerGone(f"{method}: the link to {self.peer_id[-6:]} is closed")
+        call, self._next_call = self._next_call, (self._next_call + 1) % 2**32
+        waiting = _Call(asyncio.get_running_loop().create_future(), max_answer)
+        self._calls[call] = waiting
+        try:
+            head = frames.pack_head({"m": method, "h": header or {}, "n": len(body)})
+            self._send(frames.REQUEST, frames.REQUEST_BODY, call, head, body)
+            return await asyncio.wait_for(waiting.future, deadline_s)
+        except asyncio.TimeoutError:
+            raise PeerGone(f"{method}: no answer from {self.peer_id[-6:]} within {deadline_s:.1f} s") from None
+        finally:
+            del self._calls[call]
+            if not waiting.answered:
+                self._drop_queued(frames.REQUEST_BODY, call)
+                self._urgent.append(frames.pack(frames.CANCEL, call, b""))
+                self._wake.set()
+
+    def close(self, reason: str = "closed") -> None:
+        if self.closed.is_set():
+            return
+        self.closed.set()
+        self._wake.set()
+        for waiting in self._calls.values():
+            if not waiting.future.done():
+                waiting.future.set_exception(PeerGone(f"the link to {self.peer_id[-6:]} ended", why=reason))
+        for task in [*self._tasks, *self._answering.values()]:
+            if task is not asyncio.current_task():
+                task.cancel()
+        with contextlib.suppress(Exception):
+            self._writer.close()
+
+    def _send(self, head_kind: int, body_kind: int, call: int, head: bytes, body: bytes) -> None:
+        self._urgent.append(frames.pack(head_kind, call, head))
+        view = memoryview(body)
+        for start in range(0, len(body), frames.MAX_FRAME_BYTES):
+            self._bulk.append((body_kind, call, view[start:start + frames.MAX_FRAME_BYTES]))
+        self._wake.set()
+
+    async def _write_loop(self) -> None:
+        """Heads first, then bodies frame by frame: control traffic never starves behind tensors."""
+        try:
+            while not self.closed.is_set():
+                while self._urgent or self._bulk:
+                    frame = self._urgent.popleft() if self._urgent else frames.pack(*self._bulk.popleft())
+                    self._writer.write(frame)
+                    self.bytes_sent += len(frame)
+                    await asyncio.wait_for(self._writer.drain(), STALL_S)
+                self._wake.clear()
+                await self._wake.wait()
+        except (OSError, asyncio.TimeoutError) as error:
+            self.close(f"it takes no bytes ({type(error).__name__})")
+
+    async def _read_loop(self) -> None:
+        try:
+            while True:
+                kind, call, payload = await frames.read(self._reader)
+                self.bytes_received += len(payload) + frames.HEADER_BYTES
+                self.last_heard = asyncio.get_running_loop().time()
+                if kind == frames.REQUEST:
+                    self._on_request(call, payload)
+                elif kind == frames.REQUEST_BODY:
+                    self._on_request_body(call, payload)
+                elif kind == frames.CANCEL:
+                    self._on_cancel(call)
+                else:
+                    self._on_answer(kind, call, payload)
+        except (OSError, asyncio.IncompleteReadError):
+            self.close("the connection ended")
+        except NetworkError as error:
+            log.warning("closing the link to %s: %s", self.peer_id, error)
+            self.close(str(error))
+
+    def _on_request(self, call: int, payload: bytes) -> None:
+        head = frames.parse_head(payload)
+        name, header, length = head.get("m"), head.get("h"), head.get("n")
+        if not (isinstance(name, str) and isinstance(header, dict) and isinstance(length, int) and length >= 0):
+            raise BadMessage("a request without method, header and length")
+        if call in self._requests or call in self._answering:
+            raise BadMessage("a call number is used twice")
+        if len(self._requests) + len(self._answering) >= MAX_CALLS:
+            raise BadMessage(f"more than {MAX_CALLS} requests at once")
+        method = self._methods.get(name)
+        if method is None or (not self.greeted and name != "hello"):
+            self._refuse(call, "no such method" if method is None else "say hello first")
+            method = Method(_swallow, frames.MAX_FRAME_BYTES * 1024) if length else None
+        if method is None:
+            return
+        if length > method.max_body:
+            raise BadMessage(f"{name}: a body of {length} bytes", why=f"the limit is {method.max_body}")
+        if length + sum(r.expected for r in self._requests.values()) > MAX_WAITING_BYTES:
+            raise BadMessage(f"more than {MAX_WAITING_BYTES} bytes of requests at once")
+        self._requests[call] = _Request(method, header, length)
+        self._maybe_answer(call)
+
+    def _on_request_body(self, call: int, payload: bytes) -> None:
+        request = self._requests.get(call)
+        if request is None or len(request.body) + len(payload) > request.expected:
+            raise BadMessage("a body that was not announced")
+        if request.method.handler is not _swallow:
+            request.body += payload
+        else:
+            request.expected -= len(payload)
+        self._maybe_answer(call)
+
+    def _maybe_answer(self, call: int) -> None:
+        request = self._requests[call]
+        if len(request.body) < request.expected:
+            return
+        del self._requests[call]
+        if request.method.handler is not _swallow:
+            self._answering[call] = asyncio.create_task(self._answer(call, request))
+
+    def _on_cancel(self, call: int) -> None:
+        self._requests.pop(call, None)
+        self._drop_queued(frames.ANSWER_BODY, call)
+        if call in self._answering:
+            self._answering[call].cancel()
+
+    def _drop_queued(self, kind: int, call: int) -> None:
+        self._bulk = deque(item for item in self._bulk if item[:2] != (kind, call))
+
+    async def _answer(self, call: int, request: _Request) -> None:
+        try:
+            header, body = await request.method.handler(self, request.head, bytes(request.body))
+            head = frames.pack_head({"h": header, "n": len(body)})
+            self._send(frames.ANSWER, frames.ANSWER_BODY, call, head, body)
+        except NetworkError as error:
+            self._refuse(call, str(error))
+        except asyncio.CancelledError:
+            raise
+        except Exception:
+            log.exception("a handler failed")
+            self._refuse(call, "internal error")
+        finally:
+            self._answering.pop(call, None)
+
+    def _refuse(self, call: int, why: str) -> None:
+        self._urgent.append(frames.pack(frames.REFUSED, call, frames.pack_head({"why": why[:500]})))
+        self._wake.set()
+
+    def _on_answer(self, kind: int, call: int, payload: bytes) -> None:
+        waiting = self._calls.get(call)
+        if waiting is None or waiting.future.done():
+            return  # we gave up on it: late bytes are read and dropped
+        if kind == frames.REFUSED:
+            why = frames.parse_head(payload).get("why")
+            waiting.answered = True
+            waiting.future.set_exception(PeerRefused(str(why)[:500]))
+            return
+        if kind == frames.ANSWER:
+            head = frames.parse_head(payload)
+            header, length = head.get("h"), head.get("n")
+            if not (isinstance(header, dict) and isinstance(length, int) and 0 <= length <= waiting.max_answer):
+                raise BadMessage("an answer that is too long or has no header", why=f"limit {waiting.max_answer} bytes")
+            waiting.head, waiting.expected = header, length
+        else:
+            if waiting.head is None or len(waiting.body) + len(payload) > waiting.expected:
+                raise BadMessage("a body that was not announced")
+            waiting.body += payload
+        if waiting.head is not None and len(waiting.body) == waiting.expected:
+            waiting.answered = True
+            waiting.future.set_result((waiting.head, bytes(waiting.body)))
+
+
+async def _swallow(link: Link, header: dict[str, Any], body: bytes) -> Answer:
+    """Stands for a refused method whose body is still on its way; never called."""
+    raise AssertionError

@@ -1,0 +1,256 @@
+"""The run config: one spelling, one hash, and no key that means nothing."""
+
+import dataclasses
+import json
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from swarm.config import (
+    MAX_RUN_CONFIG_BYTES,
+    AveragingConfig,
+    DataConfig,
+    ModelConfig,
+    PeerConfig,
+    RunConfig,
+    TrainConfig,
+    canonical_json,
+    load_run,
+    run_from_dict,
+    run_from_json,
+)
+from swarm.errors import ConfigError
+
+patient = settings(deadline=None)  # a busy machine is no failure
+SMALLEST = {"name": "demo", "model": {"config": {"model_type": "gptj"}}, "data": {"stdlib": True}}
+
+
+def changed(**parts):
+    """SMALLEST with some keys replaced; `train__seed=1` is {"train": {"seed": 1}}."""
+    document = json.loads(json.dumps(SMALLEST))
+    for key, value in parts.items():
+        *outer, last = key.split("__")
+        place = document
+        for part in outer:
+            place = place.setdefault(part, {})
+        place[last] = value
+    return document
+
+
+def refused(document, origin="run.yaml"):
+    with pytest.raises(ConfigError) as caught:
+        run_from_dict(document, origin=origin)
+    assert caught.value.exit_code == 2
+    return str(caught.value)
+
+
+# --- the hash
+
+
+def test_the_run_id_is_the_name_and_a_hash_of_everything():
+    run = run_from_dict(SMALLEST, origin="test")
+    name, _, digest = run.run_id.rpartition("-")
+    assert name == "demo"
+    assert len(digest) == 12 and set(digest) <= set("0123456789abcdef")
+
+
+def test_the_hash_of_a_known_config_never_changes():
+    """A peer of an older version must find the same run: a new field with a default breaks this, on purpose."""
+    run = run_from_dict(SMALLEST, origin="test")
+    assert json.loads(canonical_json(run)) == dataclasses.asdict(
+        RunConfig(
+            name="demo", model=ModelConfig(config={"model_type": "gptj"}), data=DataConfig(stdlib=True),
+            train=TrainConfig(betas=[0.9, 0.95]),
+        )
+    )  # fmt: skip
+    assert canonical_json(run).isascii()
+    assert b" " not in canonical_json(run)
+
+
+def test_the_order_and_spelling_of_the_yaml_do_not_matter():
+    one = run_from_dict(yaml.safe_load("{name: d, data: {stdlib: yes}, model: {source: x}}"), origin="a")
+    two = run_from_dict(yaml.safe_load("model:\n  source: x\nname: d\nseed: 0\ndata:\n  stdlib: true\n"), origin="b")
+    assert one == two
+    assert one.run_id == two.run_id
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"seed": 1}, {"fragments": 5}, {"tokenizer": "gpt2"}, {"train__learning_rate": 0.002},
+        {"averaging__bits": 8}, {"data__held_out_percent": 5}, {"model__config": {"model_type": "llama"}},
+        {"initial_digests": ["0" * 64] * 4},
+    ],
+    ids=lambda change: next(iter(change)),
+)  # fmt: skip
+def test_every_change_makes_another_run(change):
+    assert run_from_dict(changed(**change), origin="b").run_id != run_from_dict(SMALLEST, origin="a").run_id
+
+
+def test_whole_numbers_pass_for_floats_and_make_the_same_run():
+    one = run_from_dict(changed(train__clip_norm=1), origin="a")
+    assert one.run_id == run_from_dict(changed(train__clip_norm=1.0), origin="b").run_id
+
+
+runs = st.builds(
+    RunConfig,
+    name=st.from_regex(r"[a-z0-9][a-z0-9-]{0,39}", fullmatch=True),
+    model=st.builds(ModelConfig, source=st.text(max_size=20)),
+    data=st.builds(DataConfig, files=st.lists(st.text(max_size=20), min_size=1, max_size=3)),
+    seed=st.integers(0, 2**31 - 1),
+    fragments=st.integers(1, 256),
+    train=st.builds(TrainConfig, learning_rate=st.floats(1e-9, 10), betas=st.tuples(*[st.floats(0, 0.999)] * 2)),
+    averaging=st.builds(AveragingConfig, bits=st.sampled_from([4, 8, 32]), tokens_per_round=st.integers(1)),
+)
+
+
+@patient
+@given(run=runs)
+def test_a_run_survives_the_network_and_yaml_with_the_same_id(run):
+    assert run_from_json(canonical_json(run), run_id=run.run_id) == run
+    again = run_from_dict(yaml.safe_load(yaml.safe_dump(json.loads(canonical_json(run)))), origin="yaml")
+    assert again.run_id == run.run_id
+
+
+# --- from the network
+
+
+def test_a_tampered_run_config_is_told_from_the_real_one():
+    run = run_from_dict(SMALLEST, origin="test")
+    tampered = canonical_json(dataclasses.replace(run, seed=1))
+    with pytest.raises(ConfigError, match="does not match its run_id") as caught:
+        run_from_json(tampered, run_id=run.run_id)
+    assert run.run_id in caught.value.why
+    assert caught.value.do
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (b"", "is not JSON"), (b"{", "is not JSON"), (b"[" * 7_000, "is not JSON"), (b"\xff", "is not JSON"),
+        (b"[]", "must be keys and values"), (b"null", "must be keys and values"), (b"{}", "missing key"),
+        (b" " * (MAX_RUN_CONFIG_BYTES + 1), "too long"),
+        (json.dumps({**SMALLEST, "seed": float("nan")}).encode(), "seed must be int"),
+        (json.dumps(changed(train__learning_rate=float("inf"))).encode(), "learning_rate must be float"),
+    ],
+)  # fmt: skip
+def test_nonsense_from_the_network_is_a_stated_error(text, said):
+    with pytest.raises(ConfigError, match=said):
+        run_from_json(text)
+
+
+@patient
+@given(st.binary(max_size=200))
+def test_no_bytes_make_it_stumble(text):
+    with pytest.raises(ConfigError):
+        run_from_json(text)
+
+
+@patient
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["train", "data", "bits"]), inner),
+        max_leaves=8,
+    )
+)
+def test_no_document_makes_it_stumble(value):
+    for key in ("name", "model", "data", "train", "averaging", "seed", "initial_digests"):
+        try:
+            run_from_dict({**SMALLEST, key: value}, origin="test")
+        except ConfigError as error:
+            assert error.exit_code == 2
+
+
+# --- what is refused
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"sead": 1}, "unknown key 'sead'"),
+        ({"train__learning_rat": 1}, "unknown key 'train.learning_rat'"),
+        ({"seed": "1"}, "seed must be int"),
+        ({"seed": True}, "seed must be int"),
+        ({"seed": 1.5}, "seed must be int"),
+        ({"seed": -1}, "seed must be 0"),
+        ({"name": "Demo"}, "name must be 1-40"),
+        ({"name": "../demo"}, "name must be 1-40"),
+        ({"name": "x" * 41}, "name must be 1-40"),
+        ({"name": 7}, "name must be str"),
+        ({"train": 3}, "train. must be keys and values"),
+        ({"train__betas": [0.9]}, "train.betas must be"),
+        ({"train__betas": [0.9, 1.0]}, "train.betas must be 0 to below 1"),
+        ({"train__betas": ["a", 0.9]}, "train.betas must be float"),
+        ({"train__learning_rate": 0}, "train.learning_rate must be over 0"),
+        ({"train__sequence_length": 4}, "train.sequence_length"),
+        ({"train__total_tokens": 0}, "total_tokens"),
+        ({"train__weight_decay": -1}, "weight_decay"),
+        ({"fragments": 0}, "fragments must be 1 to 256"),
+        ({"model": {}}, "exactly one of config and source"),
+        ({"model__source": "gpt2"}, "exactly one of config and source"),
+        ({"model__config": {}}, "model.config needs a model_type"),
+        ({"model__config": [1]}, "model.config must be"),
+        ({"data": {}}, "exactly one of stdlib, files and hub"),
+        ({"data__hub": "x"}, "exactly one of stdlib, files and hub"),
+        ({"data__files": "a.txt"}, "data.files must be"),
+        ({"data__held_out_percent": 0}, "held_out_percent"),
+        ({"averaging__bits": 3}, "averaging.bits must be 4, 8 or 32"),
+        ({"averaging__mode": "global"}, "averaging.mode must be local or sync"),
+        ({"averaging__mode": "sync"}, "needs bits 32"),
+        ({"averaging__tokens_per_round": 0}, "tokens_per_round"),
+        ({"averaging__max_round_s": 0}, "max_round_s"),
+        ({"averaging__outer_momentum": 1}, "outer_momentum"),
+        ({"initial_digests": ["0" * 64]}, "one digest a fragment"),
+        ({"initial_digests": ["x" * 64] * 4}, "SHA-256 in hex"),
+        ({"tokenizer": "x" * 9000}, "too long for a DHT record"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_is_refused_with_the_file_and_the_key(change, said):
+    message = refused(changed(**change))
+    assert said in message
+    assert message.startswith("run.yaml: ")
+
+
+@pytest.mark.parametrize("key", ["name", "model", "data"])
+def test_what_is_missing_is_named(key):
+    assert f"missing key '{key}'" in refused({k: v for k, v in SMALLEST.items() if k != key})
+
+
+def test_sync_is_exact_and_allowed_with_32_bits():
+    run = run_from_dict(changed(averaging__mode="sync", averaging__bits=32), origin="test")
+    assert run.averaging == AveragingConfig(mode="sync", bits=32)
+
+
+# --- files
+
+
+def test_a_run_is_read_from_yaml(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(SMALLEST))
+    assert load_run(path) == load_run(str(path)) == run_from_dict(SMALLEST, origin="test")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"), [("{", "is not YAML"), ("", "must be keys and values"), ("name: demo", "missing key")]
+)
+def test_a_bad_file_is_named(tmp_path, text, said):
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=said) as caught:
+        load_run(path)
+    assert str(path) in str(caught.value)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(ConfigError, match="cannot read the run config") as caught:
+        load_run(tmp_path / "none.yaml")
+    assert "No such file" in caught.value.why
+
+
+def test_configs_cannot_be_changed():
+    for config in (PeerConfig(), TrainConfig(), run_from_dict(SMALLEST, origin="test")):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(config, dataclasses.fields(config)[0].name, "other")
