@@ -33,6 +33,8 @@ from swarm.network.records import Head, Status
 
 TICK_S = 0.1
 MIN_PATIENCE_S = 3.0
+RETRY_S = 0.5
+"""between two openings that came to nothing"""
 FOLLOW_AFTER_S = 0.5
 """a commit usually arrives by itself within this time"""
 
@@ -54,6 +56,7 @@ class _Fragment:
         self.opened_at = asyncio.get_running_loop().time()
         self.due_since: float | None = None
         self.recent_s: list[float] = []
+        self.retry_at = 0.0
         self.following = self.opening = False
 
     def served_states(self) -> list[GlobalState]:
@@ -185,7 +188,7 @@ class Averager:
             fragment.due_since = now
         order = plan.rank([self._me, *holders], fragment=index, version=fragment.ledger.state.version + 1)
         patience_s = max(MIN_PATIENCE_S, 3 * statistics.median(fragment.recent_s or [1.0]))
-        if now - fragment.due_since >= order.index(self._me) * patience_s:
+        if now - fragment.due_since >= order.index(self._me) * patience_s and now >= fragment.retry_at:
             fragment.opening = True
             self.context.spawn(self._open(fragment, holders))
 
@@ -209,13 +212,15 @@ class Averager:
     async def _open(self, fragment: _Fragment, holders: list[str]) -> None:
         began = asyncio.get_running_loop().time()
         owners = [self._me, *(peer_id for peer_id in holders if self.context.directory.maddrs(peer_id))]
+        commit = None
         try:
-            await fragment.rounds.open(holders[:63], owners[:64])
+            commit = await fragment.rounds.open(holders[:63], owners[:64])
         except (NetworkError, StateError) as error:
             log.warning("round of fragment %d: %s", fragment.applier.fragment, error)
         finally:
             fragment.opening = False
-            fragment.due_since = None
+            if commit is None:
+                fragment.retry_at = asyncio.get_running_loop().time() + RETRY_S
             fragment.recent_s = [*fragment.recent_s[-15:], asyncio.get_running_loop().time() - began]
 
     def _on_applied(self, commit: Commit) -> None:

@@ -35,7 +35,7 @@ from swarm.errors import BadMessage, NetworkError, PeerRefused
 from swarm.network import records
 
 ATTEMPTS = 3
-OPENING_KNOWN_S = 10.0
+OPENING_KNOWN_S = 5.0
 KEPT_OPENINGS = 8
 BUSY = "busy"
 
@@ -71,6 +71,7 @@ class FragmentRounds:
         self._feedback: dict[tuple[int, int], torch.Tensor] = {}
         self._push_s: deque[float] = deque(maxlen=16)
         self._current: _Current | None = None
+        self._attempting: tuple[str, asyncio.Task[tuple[Commit | None, set[str]]]] | None = None
 
     # -- the opener -------------------------------------------------------------------------------------------------
 
@@ -79,7 +80,16 @@ class FragmentRounds:
         nothing; the drift of everyone is then as it was."""
         for _ in range(ATTEMPTS):
             opening = self._make_opening(members, owners)
-            commit, failed = await self._attempt(opening)
+            self._attempting = opening.id, asyncio.ensure_future(self._attempt(opening))
+            try:
+                commit, failed = await self._attempting[1]
+            except asyncio.CancelledError:
+                if not self._attempting[1].cancelled():
+                    raise  # the peer is ending
+                commit, failed = None, set()  # another round was first
+            finally:
+                self._attempting[1].cancel()
+                self._attempting = None
             if commit is not None:
                 return commit
             for peer_id in opening.members[1:]:
@@ -91,6 +101,11 @@ class FragmentRounds:
             members = [peer_id for peer_id in members if peer_id not in failed]
             owners = [peer_id for peer_id in owners if peer_id not in failed]
         return None
+
+    def _give_way(self, opening_id: str) -> None:
+        """Another opening than our own is the one that counts now."""
+        if self._attempting is not None and self._attempting[0] != opening_id:
+            self._attempting[1].cancel()
 
     def _make_opening(self, members: list[str], owners: list[str]) -> Opening:
         me, state = self._context.keypair.peer_id, self._applier.ledger.state
@@ -111,33 +126,9 @@ class FragmentRounds:
         """(commit, peers to try again without). Neither: another opener was there first, or there is nothing to add."""
         clock = asyncio.get_running_loop().time
         began = clock()
-        others = opening.members[1:]
-        wait_s = opening.push_s + 2.0
-        answers = await asyncio.gather(
-            self.take_part(opening),
-            *(self._call(peer_id, "open", opening.model_dump(), deadline_s=wait_s) for peer_id in others),
-            return_exceptions=True,
-        )
-        contributors, failed = [], set()
-        for index, answer in enumerate(answers):
-            if isinstance(answer, PeerRefused) and BUSY in str(answer):
-                return None, set()
-            elif isinstance(answer, NetworkError):
-                log.info("round of fragment %d: %s: %s", self._fragment, opening.members[index][-6:], answer)
-                failed.add(opening.members[index])
-            elif isinstance(answer, BaseException):
-                raise answer
-            else:
-                tokens, undelivered = answer.get("tokens"), answer.get("undelivered")
-                if not isinstance(tokens, int) or not isinstance(undelivered, list):
-                    failed.add(opening.members[index])
-                elif undelivered:
-                    failed |= {peer_id for peer_id in undelivered if peer_id in others}
-                elif 0 < tokens <= self._applier.max_claim:
-                    contributors.append(Contributor(member=index, tokens=tokens))
-        if self._current is None or self._current.opening.id != opening.id:
-            return None, set()  # a better-ranked opener has taken over
-        if not contributors or {opening.owner(part) for part in opening.parts} & failed:
+        owners = {opening.owner(part) for part in opening.parts}
+        contributors, failed = await self._contributions(opening)
+        if not contributors or owners & failed:
             return None, failed  # an owner is gone: its part would be missing, so give it to another
         self._push_s.append(clock() - began)
         results = await asyncio.gather(
@@ -154,10 +145,52 @@ class FragmentRounds:
         if len(good) < len(results):
             return None, failed
         commit = make_commit(self._context.keypair, opening, contributors, good)
-        for peer_id in others:
+        for peer_id in opening.members[1:]:
             self._context.spawn(self._tell(peer_id, "commit", {"commit": commit.model_dump()}))
         await self._applier.consider(commit, began_at=began)
         return commit, failed
+
+    async def _contributions(self, opening: Opening) -> tuple[list[Contributor], set[str]]:
+        """(whose contribution is at all owners, who failed). Ends early when an owner fails or another opener won."""
+        me, wait_s = opening.opener, opening.push_s + 2.0
+        owners = {opening.owner(part) for part in opening.parts}
+        tasks = {
+            asyncio.ensure_future(
+                self.take_part(opening) if peer_id == me
+                else self._call(peer_id, "open", opening.model_dump(), deadline_s=wait_s)
+            ): index
+            for index, peer_id in enumerate(opening.members)
+        }
+        contributors: list[Contributor] = []
+        failed: set[str] = set()
+        try:
+            pending = set(tasks)
+            while pending:
+                done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    peer_id = opening.members[tasks[task]]
+                    try:
+                        answer = task.result()
+                    except NetworkError as error:
+                        if isinstance(error, PeerRefused) and BUSY in str(error):
+                            return [], set()
+                        log.info("round of fragment %d: %s: %s", self._fragment, peer_id[-6:], error)
+                        failed.add(peer_id)
+                        continue
+                    tokens, undelivered = answer.get("tokens"), answer.get("undelivered")
+                    if not isinstance(tokens, int) or not isinstance(undelivered, list):
+                        failed.add(peer_id)
+                    elif undelivered:
+                        failed |= {other for other in undelivered if other in opening.members and other != me}
+                    elif 0 < tokens <= self._applier.max_claim:
+                        contributors.append(Contributor(member=tasks[task], tokens=tokens))
+                if failed & owners:
+                    break
+            return sorted(contributors, key=lambda contributor: contributor.member), failed
+        finally:
+            for task in tasks:
+                task.cancel()  # members see it and stop sending
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _reduce_at(self, opening: Opening, part: int, contributors: list[Contributor]) -> PartResult:
         owner = opening.owner(opening.parts[part])
@@ -200,6 +233,7 @@ class FragmentRounds:
 
     async def take_part(self, opening: Opening) -> dict[str, Any]:
         """Contribute to an opening; answers once all owners have confirmed their parts, or failed to."""
+        self._give_way(opening.id)
         self._current = _Current(opening, asyncio.get_running_loop().time() + 2 * opening.push_s + 4.0)
         while len(self._gathered) >= KEPT_OPENINGS:
             del self._gathered[next(iter(self._gathered))]
@@ -300,7 +334,8 @@ class FragmentRounds:
     # -- everybody --------------------------------------------------------------------------------------------------
 
     def settled(self, commit: Commit) -> None:
-        """A commit was applied: charge the owner's feedback, and let the openings of its version go."""
+        """A commit was applied: end a round that it has overtaken, charge the owner's feedback, and let the openings of its version go."""
+        self._give_way(commit.opening.id)
         gathered = self._gathered.get(commit.opening.id)
         if gathered is not None and gathered.new_feedback is not None:
             part = self._my_part(gathered.opening)
