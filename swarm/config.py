@@ -8,6 +8,7 @@ Standard library and yaml only: `--help` must not wait for torch.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -103,7 +104,7 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     averaging: AveragingConfig = field(default_factory=AveragingConfig)
     initial_digests: list[str] = field(default_factory=list)
-    """of each fragment at version 0; filled in by the peer that starts the run, so that a joiner can check its start"""
+    """of each fragment at version 0; filled in by the peer that starts the run, so that a joiner can check it"""
 
     def __post_init__(self) -> None:
         _check_run(self)
@@ -147,19 +148,32 @@ class PeerConfig:
 
 
 def canonical_json(run: RunConfig) -> bytes:
-    """The one spelling of a run config: sorted keys, no spaces, ASCII. Its SHA-256 names the run."""
-    return json.dumps(dataclasses.asdict(run), sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+    """The one spelling of a run config: sorted keys, no spaces, ASCII. Its SHA-256 names the run.
+
+    Raises ConfigError for what JSON cannot spell; a RunConfig that was made can be spelt.
+    """
+    try:
+        document = dataclasses.asdict(run)
+        json.dumps(document, ensure_ascii=False).encode()  # half a surrogate pair is no text, though ASCII can spell it
+        return json.dumps(document, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ConfigError(
+            "the run config cannot be written as JSON", why=str(error)[:200],
+            do="use text, finite numbers, true, false, null, lists, and keys that are text",
+        ) from None
 
 
 def load_run(path: str | Path) -> RunConfig:
     """Read a run config from YAML. Raises ConfigError naming the file and the key."""
     path = Path(path)
     try:
-        document = yaml.safe_load(path.read_text())
+        document = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(f"cannot read the run config {path}", why=str(error.strerror or error), do="check the path") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not YAML", why=str(error), do="see peers/runs/demo.yaml for an example") from None
+        why = str(error.strerror or error)
+        raise ConfigError(f"cannot read the run config {path}", why=why, do="check the path") from None
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:  # not UTF-8, an impossible date, a bomb
+        why = str(error)[:500]
+        raise ConfigError(f"{path} is not YAML", why=why, do="see peers/runs/demo.yaml for an example") from None
     return run_from_dict(document, origin=str(path))
 
 
@@ -232,14 +246,29 @@ def convert(hint: Any, value: Any, *, origin: str, at: str) -> Any:
     if kind is dict and isinstance(value, dict):
         return value
     if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-        if math.isfinite(value):
-            return float(value)
+        with contextlib.suppress(OverflowError):  # a whole number beyond all floats
+            if math.isfinite(value):
+                return float(value)
     elif hint is int and isinstance(value, int) and not isinstance(value, bool):
         return value
     elif hint in (str, bool) and isinstance(value, hint):
         return value
     wanted = getattr(hint, "__name__", str(hint))
-    raise ConfigError(f"{origin}: {at} must be {wanted}", why=f"got {value!r}")
+    raise ConfigError(f"{origin}: {at} must be {wanted}", why=f"got {_shown(value)}")
+
+
+def _shown(value: Any) -> str:
+    try:
+        return repr(value)[:200]
+    except (ValueError, RecursionError):  # Python spells no whole number of over 4300 digits
+        return "something too long to show"
+
+
+def _has_text_keys(value: Any) -> bool:
+    """JSON would turn the key 1 into "1", and null into "null": two documents with one hash."""
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _has_text_keys(item) for key, item in value.items())
+    return not isinstance(value, (list, tuple)) or all(map(_has_text_keys, value))
 
 
 def _check_run(run: RunConfig) -> None:
@@ -248,10 +277,16 @@ def _check_run(run: RunConfig) -> None:
             raise ConfigError(what, why=why)
 
     model, data, train, averaging = run.model, run.data, run.train, run.averaging
-    need(re.fullmatch(r"[a-z0-9][a-z0-9-]{0,39}", run.name) is not None, "name must be 1-40 of a-z, 0-9 and -", f"got {run.name!r}")
+    name_fits = re.fullmatch(r"[a-z0-9][a-z0-9-]{0,39}", run.name) is not None
+    need(name_fits, "name must be 1-40 of a-z, 0-9 and -", f"got {_shown(run.name)}")
     need((model.config is None) != (model.source is None), "model needs exactly one of config and source")
     need(model.config is None or isinstance(model.config.get("model_type"), str), "model.config needs a model_type")
-    need(data.stdlib + bool(data.files) + (data.hub is not None) == 1, "data needs exactly one of stdlib, files and hub")
+    try:
+        need(_has_text_keys(model.config), "every key in model.config must be text")
+    except RecursionError:
+        raise ConfigError("model.config is nested too deeply") from None
+    sources = data.stdlib + bool(data.files) + (data.hub is not None)
+    need(sources == 1, "data needs exactly one of stdlib, files and hub")
     need(0 < data.held_out_percent <= 50, "data.held_out_percent must be over 0 and at most 50")
     need(1 <= run.fragments <= 256, "fragments must be 1 to 256")
     need(0 <= run.seed < 2**31, "seed must be 0 to 2**31 - 1")
@@ -259,11 +294,11 @@ def _check_run(run: RunConfig) -> None:
     need(1 <= train.batch_sequences <= 2**16, "train.batch_sequences must be 1 to 65536")
     need(0 < train.learning_rate <= 10, "train.learning_rate must be over 0 and at most 10")
     need(0 <= train.final_learning_rate <= 1, "train.final_learning_rate is a fraction, 0 to 1")
-    need(train.warmup_tokens >= 0 and train.total_tokens > 0, "train.warmup_tokens and total_tokens must not be negative")
+    need(train.warmup_tokens >= 0 and train.total_tokens > 0, "train.warmup_tokens or total_tokens is negative")
     need(all(0 <= beta < 1 for beta in train.betas), "train.betas must be 0 to below 1")
     need(train.weight_decay >= 0 and train.clip_norm >= 0, "train.weight_decay and clip_norm must not be negative")
-    need(averaging.mode in ("local", "sync"), "averaging.mode must be local or sync", f"got {averaging.mode!r}")
-    need(averaging.bits in (4, 8, 32), "averaging.bits must be 4, 8 or 32", f"got {averaging.bits}")
+    need(averaging.mode in ("local", "sync"), "averaging.mode must be local or sync", f"got {_shown(averaging.mode)}")
+    need(averaging.bits in (4, 8, 32), "averaging.bits must be 4, 8 or 32", f"got {_shown(averaging.bits)}")
     need(averaging.mode == "local" or averaging.bits == 32, "averaging.mode sync is exact: it needs bits 32")
     need(averaging.tokens_per_round > 0, "averaging.tokens_per_round must be positive")
     need(0.1 <= averaging.max_round_s <= 86_400, "averaging.max_round_s must be 0.1 to 86400")
@@ -272,4 +307,5 @@ def _check_run(run: RunConfig) -> None:
     need(len(run.initial_digests) in (0, run.fragments), "initial_digests needs one digest a fragment")
     need(all(re.fullmatch(r"[0-9a-f]{64}", d) for d in run.initial_digests), "initial_digests must be SHA-256 in hex")
     size = len(canonical_json(run))
-    need(size <= MAX_RUN_CONFIG_BYTES, "the run config is too long for a DHT record", f"{size} > {MAX_RUN_CONFIG_BYTES} bytes")
+    why = f"{size} > {MAX_RUN_CONFIG_BYTES} bytes"
+    need(size <= MAX_RUN_CONFIG_BYTES, "the run config is too long for a DHT record", why)

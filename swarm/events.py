@@ -75,7 +75,7 @@ class Round(Event):
 
 
 @dataclass(frozen=True)
-class Warning(Event):  # noqa: A001 - the name is the contract's
+class Warning(Event):  # the name is the contract's
     kind: ClassVar[str] = "warning"
     text: str
 
@@ -90,7 +90,7 @@ Listener = Callable[[Event], None]
 
 
 class Bus:
-    """Hands each event to every listener, in the order of emission. Safe from any thread; a listener must not block."""
+    """Hands each event to every listener, in the order of emission. Safe from any thread; listeners must not block."""
 
     def __init__(self) -> None:
         self._listeners: list[Listener] = []

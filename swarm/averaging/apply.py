@@ -40,6 +40,8 @@ class Applier:
         self.fragment, self.layout, self.ledger = fragment, layout, ledger
         self.history = History()
         self.history.saw(ledger.state.version, ledger.state.digest)
+        self.trusted = True
+        """False: the start that this machine drew is not the run's, so it must be downloaded before anything else"""
         self.max_claim = CLAIM_LIMIT * context.run.averaging.tokens_per_round
         self.on_applied: list[Callable[[Commit], None]] = []
         self._context = context
@@ -52,6 +54,10 @@ class Applier:
         Returns whether it is part of this peer's history now. Raises BadMessage where it is malformed, NetworkError
         where nobody has its result bytes; then nothing has changed and a later status brings it up again.
         """
+        # shielded: a round that is overtaken is cancelled, but never between moving the weights and noting it down
+        return await asyncio.shield(self._context.spawn(self._consider(commit, began_at, source)))
+
+    async def _consider(self, commit: Commit, began_at: float | None, source: str) -> bool:
         clock = asyncio.get_running_loop().time
         began = clock() if began_at is None else began_at
         await asyncio.to_thread(commit.check, self.layout.num_blocks, max_claim=self.max_claim)
@@ -164,7 +170,8 @@ class Applier:
     async def adopt(self, state: GlobalState, *, absorbed: list[str]) -> None:
         """Jump to a downloaded state (already checked against its digest)."""
         async with self._lock:
-            if state.tokens > self.ledger.state.tokens:
+            if state.tokens > self.ledger.state.tokens or not self.trusted:
+                self.trusted = True
                 await self._context.at_boundary(lambda: self.ledger.adopt(state, absorbed=absorbed))
                 self.history.forget()
                 self.history.saw(state.version, state.digest)

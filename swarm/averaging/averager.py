@@ -98,6 +98,11 @@ class Averager:
             self._on_status(peer_id, status)
         self._tick_task = asyncio.create_task(self._tick_forever())
 
+    def trust(self, trusted: list[bool]) -> None:
+        """For each fragment: is this peer's start the run's? What is not must be downloaded before it takes part."""
+        for fragment, ok in zip(self._fragments, trusted, strict=True):
+            fragment.applier.trusted = ok
+
     async def stop(self) -> None:
         tasks = [task for task in [self._tick_task, *self.context.tasks] if task is not None]
         for task in tasks:

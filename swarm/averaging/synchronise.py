@@ -40,8 +40,9 @@ class Synchroniser:
         return sum(downloaded)
 
     async def _join(self, index: int) -> bool:
-        heads = self._heads(index)
-        if not heads or max(head.tokens for head in heads.values()) <= self._appliers[index].ledger.state.tokens:
+        applier = self._appliers[index]
+        newest = max((head.tokens for head in self._heads(index).values()), default=-1)
+        if newest <= applier.ledger.state.tokens and applier.trusted:
             return False
         await self.download(index)
         return True
@@ -52,7 +53,7 @@ class Synchroniser:
         problem: StateError | None = None
         for _ in range(TRIES):
             head, donors = await self._choose(index)
-            if head.tokens <= applier.ledger.state.tokens:
+            if head.tokens <= applier.ledger.state.tokens and applier.trusted:
                 return
             layout, ledger = applier.layout, applier.ledger
             wanted = Wanted(index, head.digest, layout.numel, len(ledger.state.buffers))

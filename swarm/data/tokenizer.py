@@ -80,7 +80,7 @@ def is_byte_tokenizer(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 def _byte_characters() -> list[str]:
     """The printable character that stands for each byte in byte-level BPE (GPT-2's table, fixed in `tokenizers`)."""
-    printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
+    printable = {*range(0x21, 0x7E + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)}
     characters, others = [], 0
     for byte in range(256):
         if byte in printable:

@@ -16,6 +16,7 @@ import sys
 import tempfile
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from hivemind.p2p import P2P
 from hivemind.utils.multiaddr import Multiaddr
@@ -26,6 +27,7 @@ from swarm.network.keys import Keypair
 
 START_TIMEOUT_S = 60.0
 """p2pd takes 0.1 s on an idle machine; hivemind's own limit of 15 s fails on slow and busy ones"""
+SHUTDOWN_S = 2.0
 MAX_SOCKET_PATH = 80
 """a unix socket's path must be under 108 bytes, our file names included"""
 
@@ -40,13 +42,16 @@ class Daemon:
     async def start(
         cls, keypair: Keypair, *, folder: Path, listen: list[str], announce: list[str], accept_incoming: bool = True
     ) -> Daemon:
-        """Start p2pd with its sockets below `folder`. Raises NetworkError with p2pd's own reason (port in use, ...)."""
+        """Start p2pd with its sockets below `folder`. Raises NetworkError with p2pd's reason (port in use, ...)."""
         for maddr in listen if accept_incoming else []:
             _check_port_is_free(maddr)
-        runtime = Path(tempfile.mkdtemp(prefix="p2p-", dir=folder if len(str(folder)) < MAX_SOCKET_PATH else None))
-        key_file = runtime / "key"
-        with os.fdopen(os.open(key_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-            file.write(keypair.libp2p_bytes())
+        try:
+            runtime = Path(tempfile.mkdtemp(prefix="p2p-", dir=folder if len(str(folder)) < MAX_SOCKET_PATH else None))
+            key_file = runtime / "key"
+            with os.fdopen(os.open(key_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+                file.write(keypair.libp2p_bytes())
+        except OSError as error:
+            raise NetworkError(f"cannot write to {folder}", why=str(error), do="choose another --home") from None
         arguments = {
             "listen": f"/unix{runtime}/control",
             "id": str(key_file),
@@ -66,40 +71,62 @@ class Daemon:
         else:
             arguments["noListenAddrs"] = "1"
         program = str(files("hivemind.hivemind_cli") / "p2pd")
-        process = subprocess.Popen(
-            [sys.executable, "-I", "-S", watchdog.__file__, str(runtime), program]
-            + [f"-{name}={value}" for name, value in arguments.items()],
-            stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
-            env={**os.environ, "GOLOG_LOG_LEVEL": "error"},
-        )
-        # replicate() puts our own listening socket beside the daemon's when told so
-        attach = type("SwarmP2P", (P2P,), {"_UNIX_SOCKET_PREFIX": f"/unix{runtime}/"})
-        deadline = asyncio.get_running_loop().time() + START_TIMEOUT_S
-        while True:
-            if process.poll() is not None:
-                reason = _last_line(runtime / "daemon.log")
-                shutil.rmtree(runtime, ignore_errors=True)
-                raise _start_error(reason, listen)
-            try:
-                p2p = await attach.replicate(Multiaddr(arguments["listen"]))
-                return cls(p2p, process, runtime)
-            except (OSError, asyncio.IncompleteReadError):
-                if asyncio.get_running_loop().time() > deadline:
-                    _end(process, runtime)
-                    raise NetworkError(
-                        "libp2p's daemon did not start", why=f"no answer within {START_TIMEOUT_S:.0f} s",
-                        do="look at the machine's load, then try again",
-                    ) from None
-                await asyncio.sleep(0.02)
+        try:
+            process = subprocess.Popen(
+                [sys.executable, "-I", "-S", watchdog.__file__, str(runtime), program]
+                + [f"-{name}={value}" for name, value in arguments.items()],
+                stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+                env={**os.environ, "GOLOG_LOG_LEVEL": "error"},
+            )
+        except OSError as error:
+            shutil.rmtree(runtime, ignore_errors=True)
+            raise NetworkError("cannot start libp2p's daemon", why=str(error)) from None
+        try:
+            p2p = await _attach(process, runtime, arguments["listen"], listen)
+            key_file.unlink(missing_ok=True)  # p2pd has read it
+        except BaseException:  # also when the start is called off
+            _end(process, runtime)
+            raise
+        return cls(p2p, process, runtime)
 
     def is_alive(self) -> bool:
+        """False within a moment of p2pd's death: the watchdog ends with it."""
         return self._process.poll() is None
+
+    async def addresses(self) -> list[str]:
+        """Where others can dial this peer, its peer id included; not all of them are reachable from everywhere."""
+        peer_id, maddrs = await self.p2p._client.identify()
+        return [f"{maddr}/p2p/{peer_id.to_base58()}" for maddr in maddrs]
 
     async def stop(self) -> None:
         """Ends p2pd and removes its folder. Safe to call twice."""
         with contextlib.suppress(Exception):  # hivemind's own shutdown; whatever it fails at dies with the daemon
-            await self.p2p.shutdown()
-        await asyncio.get_running_loop().run_in_executor(None, _end, self._process, self._folder)
+            await asyncio.wait_for(self.p2p.shutdown(), SHUTDOWN_S)
+        await asyncio.get_running_loop().run_in_executor(None, self.end)
+
+    def end(self) -> None:
+        """The part of `stop` that matters, for when the event loop does not answer."""
+        _end(self._process, self._folder)
+
+
+async def _attach(process: subprocess.Popen[bytes], runtime: Path, control: str, listen: list[str]) -> P2P:
+    """hivemind's client of the daemon, once that answers."""
+    # replicate() puts our own listening socket beside the daemon's when told so
+    attach: Any = type("SwarmP2P", (P2P,), {"_UNIX_SOCKET_PREFIX": f"/unix{runtime}/"})
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + START_TIMEOUT_S
+    while True:
+        if process.poll() is not None:
+            raise _start_error(_last_line(runtime / "daemon.log"), listen)
+        try:
+            return await asyncio.wait_for(attach.replicate(Multiaddr(control)), max(deadline - loop.time(), 0.1))
+        except (OSError, asyncio.IncompleteReadError, asyncio.TimeoutError):
+            if loop.time() > deadline:
+                raise NetworkError(
+                    "libp2p's daemon did not start", why=f"no answer within {START_TIMEOUT_S:.0f} s",
+                    do="look at the machine's load, then try again",
+                ) from None
+            await asyncio.sleep(0.02)
 
 
 def _end(process: subprocess.Popen[bytes], folder: Path) -> None:
@@ -134,7 +161,7 @@ def _check_port_is_free(maddr: str) -> None:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a connection in TIME_WAIT is no user of the port
         try:
             probe.bind((parts[2], int(parts[4])))
-        except (OSError, OverflowError) as error:
+        except (OSError, OverflowError, ValueError) as error:
             raise _listen_error([maddr], str(error)) from None
 
 

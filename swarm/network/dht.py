@@ -3,7 +3,7 @@
 hivemind's Kademlia node, in our process and on our event loop, with every record signed and bounded. Three keys:
 
     swarm/runs          subkey = peer id -> run id            which runs are on this DHT
-    RUN_ID/config       subkey = peer id -> run config        its canonical JSON; checked against the hash in the run id
+    RUN_ID/config       subkey = peer id -> run config        canonical JSON; checked against the hash in the run id
     RUN_ID/peers        subkey = peer id -> Status            who is here
 
 Only dictionary entries under the writer's own peer id are valid, so a stranger can replace nobody's record.
@@ -11,28 +11,59 @@ Only dictionary entries under the writer's own peer id are valid, so a stranger 
 
 from __future__ import annotations
 
-import json
+import asyncio
+import logging
 import threading
 from collections.abc import Callable
 from typing import Any
 
+import hivemind.dht.protocol
 import msgpack
 from hivemind.dht.node import DHTNode
 from hivemind.dht.protocol import DHTProtocol
 from hivemind.dht.routing import DHTID
+from hivemind.dht.storage import DHTLocalStorage, DictionaryDHTValue
 from hivemind.dht.validation import DHTRecord, RecordValidatorBase
+from hivemind.p2p import PeerID
 from hivemind.utils.serializer import MSGPackSerializer
 
-from swarm.errors import BadMessage
-from swarm.network import records
+from swarm.errors import BadMessage, NetworkError
+from swarm.network import frames, records
 from swarm.network.daemon import Daemon
 from swarm.network.keys import Keypair
 
-MAX_KEYS_STORED = 20_000
+MAX_KEYS_STORED = 200
+"""a run needs three"""
+MAX_BYTES_OF_KEY = 1_000_000
+"""under one key, of all its writers: some 1500 statuses. An answer over 4 MB fails as a whole"""
 MAX_NESTING = 4
+START_S = 30.0
+CALL_S = 20.0
+"""for one look-up or one store, all its hops together"""
+
+log = logging.getLogger(__name__)
 
 
-class SignedRecords(RecordValidatorBase):
+class BoundedStorage(DHTLocalStorage):  # type: ignore[misc] # hivemind is not typed
+    """What we keep for others: hivemind's has no bound. What is full refuses what is new and still renews the old, so
+    a flood cannot push out the records of those who were here before."""
+
+    def store_subkey(self, key: Any, subkey: Any, value: bytes, expiration_time: float) -> bool:
+        here = self.get(key)
+        if here is None:
+            if len(self) >= MAX_KEYS_STORED:
+                return False
+        elif isinstance(here.value, DictionaryDHTValue):
+            entry = here.value.get(subkey)
+            if entry is not None and entry.expiration_time >= expiration_time:
+                return False  # an old record replayed would make hivemind forget the new one at the old one's expiry
+            others = sum(len(item.value) for name, item in here.value.items() if name != subkey)
+            if others + len(value) > MAX_BYTES_OF_KEY:
+                return False
+        return bool(super().store_subkey(key, subkey, value, expiration_time))
+
+
+class SignedRecords(RecordValidatorBase):  # type: ignore[misc]
     """Admits a record only as an entry of a dictionary, under its signer's peer id, in bounds, with a sane expiry."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
@@ -52,9 +83,10 @@ class SignedRecords(RecordValidatorBase):
 def _plain(data: bytes, kind: type) -> Any:
     """One msgpack string or byte string, or None; anything nested or long is refused unread."""
     try:
-        value = msgpack.unpackb(data, max_str_len=200, max_bin_len=records.MAX_RECORD_BYTES, max_array_len=0,
-                                max_map_len=0, max_ext_len=0)
-    except (ValueError, msgpack.UnpackException):
+        value = msgpack.unpackb(
+            data, max_str_len=200, max_bin_len=records.MAX_RECORD_BYTES, max_array_len=0, max_map_len=0, max_ext_len=0
+        )
+    except (ValueError, TypeError, msgpack.UnpackException):
         return None
     return value if isinstance(value, kind) else None
 
@@ -67,31 +99,48 @@ class Dht:
     async def start(
         cls, daemon: Daemon, keypair: Keypair, *, initial_peers: list[str], observe: bool, clock: Callable[[], float]
     ) -> Dht:
-        """Join through `initial_peers` (already connected; empty: alone). `observe`: read, never serve."""
-        _bound_hivemind_decoding()
-        node = await DHTNode.create(
-            p2p=daemon.p2p, initial_peers=initial_peers, client_mode=observe, record_validator=SignedRecords(clock),
-            ensure_bootstrap_success=False, strict=False, cache_locally=False, cache_nearest=0, cache_on_store=False,
-        )
-        node.protocol.storage.maxsize = MAX_KEYS_STORED  # hivemind's has no bound
-        node.protocol.cache.maxsize = MAX_KEYS_STORED
+        """Join through `initial_peers` (already connected; empty: alone). `observe`: read, never serve.
+
+        Raises NetworkError where the daemon does not answer.
+        """
+        _bound_hivemind()
+        try:
+            node = await asyncio.wait_for(DHTNode.create(
+                p2p=daemon.p2p, initial_peers=initial_peers, client_mode=observe,
+                record_validator=SignedRecords(clock), ensure_bootstrap_success=False, strict=False,
+                cache_locally=False, cache_nearest=0, cache_on_store=False,
+            ), START_S)
+        except Exception as error:  # a daemon that died leaves hivemind waiting, or raising any kind
+            why = str(error) or type(error).__name__
+            raise NetworkError("cannot start the DHT", why=why, do="try again; -v says more") from error
         return cls(node, keypair, clock)
 
     async def meet(self, peer_id: str) -> None:
-        """Add a peer that we are linked to to the routing table (and ourselves to its)."""
-        from hivemind.p2p import PeerID
-
-        await self._node.protocol.call_ping(PeerID.from_base58(peer_id), validate=False, strict=False)
+        """Add a peer that we are linked to to the routing table (and ourselves to its). A failure is no news."""
+        try:
+            ping = self._node.protocol.call_ping(PeerID.from_base58(peer_id), validate=False, strict=False)
+            await asyncio.wait_for(ping, CALL_S)
+        except Exception as error:
+            log.debug("the DHT cannot meet %s: %s", peer_id, error)
 
     async def publish(self, key: str, payload: str, *, ttl_s: float) -> bool:
-        """Store our entry under `key` for `ttl_s` seconds; False where nobody took it."""
+        """Store our entry under `key` for `ttl_s` seconds; False where nobody took it. ValueError: it is too long."""
         expires = self._clock() + min(ttl_s, records.MAX_TTL_S)
         value = records.seal(self._keypair, DHTID.generate(source=key).to_bytes(), payload, expires=expires)
-        return bool(await self._node.store(key, value, expires, subkey=self._keypair.peer_id))
+        try:
+            store = self._node.store(key, value, expires, subkey=self._keypair.peer_id)
+            return bool(await asyncio.wait_for(store, CALL_S))
+        except Exception as error:  # a hint: whatever goes wrong here goes right next time
+            log.debug("the DHT did not store %s: %s", key, error)
+            return False
 
     async def entries(self, key: str) -> dict[str, str]:
-        """Everybody's valid entry under `key`: peer id -> payload."""
-        found = await self._node.get(key, latest=True)
+        """Everybody's valid entry under `key`: peer id -> payload. Empty where nothing is found, or on a failure."""
+        try:
+            found = await asyncio.wait_for(self._node.get(key, latest=True), CALL_S)
+        except Exception as error:
+            log.debug("the DHT did not find %s: %s", key, error)
+            return {}
         if found is None or not isinstance(found.value, dict):
             return {}
         key_bytes = DHTID.generate(source=key).to_bytes()
@@ -109,27 +158,31 @@ class Dht:
         statuses = {}
         for peer_id, payload in (await self.entries(f"{run_id}/peers")).items():
             try:
-                statuses[peer_id] = records.parse(records.Status, json.loads(payload))
-            except (BadMessage, ValueError, RecursionError):
+                statuses[peer_id] = records.parse(records.Status, frames.parse_head(payload.encode()))
+            except BadMessage:
                 continue
         return {peer_id: status for peer_id, status in statuses.items() if status.run_id == run_id}
 
     async def stop(self) -> None:
-        await self._node.shutdown()
+        """Its handlers end with the daemon; hivemind's own shutdown would wait for a dead one without end."""
+        self._node.is_alive = False
 
 
 _depth = threading.local()
 _decode_ext = MSGPackSerializer._decode_ext_types
 
 
-def _bound_hivemind_decoding() -> None:
+_EXT_TUPLE, _EXT_DICTIONARY = 0x40, 0x50
+
+
+def _bound_hivemind() -> None:
     """hivemind's msgpack decoder recurses through nested tuples without limit: 200 levels (a 1.2 kB value from any
-    stranger) overflow the C stack and end the process. Give it a depth."""
+    stranger) overflow the C stack and end the process. Give it a depth, and its storage a size."""
 
     def decode(type_code: int, data: bytes) -> Any:
         level = getattr(_depth, "level", 0)
-        if level >= MAX_NESTING:
-            raise ValueError("a DHT value is nested too deeply")
+        if level >= MAX_NESTING or type_code not in (_EXT_TUPLE, _EXT_DICTIONARY):
+            raise ValueError("a DHT value is nested too deeply or of an unknown type")
         _depth.level = level + 1
         try:
             return _decode_ext(type_code, data)
@@ -137,3 +190,4 @@ def _bound_hivemind_decoding() -> None:
             _depth.level = level
 
     MSGPackSerializer._decode_ext_types = staticmethod(decode)
+    hivemind.dht.protocol.DHTLocalStorage = BoundedStorage

@@ -65,6 +65,7 @@ class Directory:
     ) -> None:
         self._endpoint, self._dht, self._run_id, self._my_status, self._rng = endpoint, dht, run_id, my_status, rng
         self._known: dict[str, Known] = {}
+        self._loop = asyncio.get_running_loop()
         self._tasks: list[asyncio.Task[None]] = []
         self._beating: set[asyncio.Task[None]] = set()
         self.on_status: Callable[[str, Status], None] = lambda peer_id, status: None
@@ -76,11 +77,11 @@ class Directory:
         self._tasks = [asyncio.create_task(self._beat_forever()), asyncio.create_task(self._dht_forever())]
 
     def alive(self) -> dict[str, Status]:
-        """Peers of this run that spoke to us in the last `ALIVE_S` seconds; not this one, no observers."""
-        now = asyncio.get_running_loop().time()
+        """Peers of this run that spoke to us in the last `ALIVE_S` seconds; not this one, no observers. Any thread."""
+        now = self._loop.time()
         return {
             peer_id: known.status
-            for peer_id, known in self._known.items()
+            for peer_id, known in list(self._known.items())
             if known.status is not None and now - known.heard_at < ALIVE_S and known.status.role != "observer"
         }
 
@@ -95,6 +96,10 @@ class Directory:
         if maddrs and maddrs != known.maddrs:
             known.maddrs = maddrs
             self.on_new_address(maddrs)
+
+    def known(self) -> list[str]:
+        """Everybody this peer has an address or a word of, alive or not."""
+        return list(self._known)
 
     async def tell(self, peer_id: str) -> None:
         """Exchange statuses with one peer now. A failure is no news: the next beat tries again."""

@@ -8,7 +8,6 @@ records of a peer that is seconds off expire at the wrong time for everyone else
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import secrets
 from collections import defaultdict
@@ -16,18 +15,19 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from hivemind.p2p import PeerID
-from hivemind.p2p.p2p_daemon_bindings.utils import ControlFailure
-from hivemind.utils.multiaddr import Multiaddr
 
 from swarm.errors import NetworkError, PeerGone, PeerRefused
 from swarm.network.daemon import Daemon
-from swarm.network.link import Answer, Handler, Link, Method
+from swarm.network.link import Answer, Budget, Handler, Link, Method
+from swarm.network.maddr import without_peer_id
 
 PROTOCOL = "/swarm/1"
 DIAL_S = 10.0
 HELLO_S = 10.0
 MAX_LINKS = 512
 MAX_LINKS_OF_ONE_PEER = 4
+MAX_ADDRESSES_DIALLED = 8
+MAX_CLOCK_S = 1e12
 SAME_IDENTITY = "this identity is in use"
 TWIN_ALIVE_S = 5.0
 """a peer heard from within this time is alive (heartbeats come every second)"""
@@ -40,12 +40,13 @@ class Endpoint:
         self.peer_id = peer_id
         self.session = secrets.token_hex(8)
         self.skews_s: dict[str, float] = {}
-        """each greeted peer's clock minus ours"""
+        """each linked peer's clock minus ours"""
         self.on_link_closed: Callable[[str], None] = lambda peer_id: None
         self._p2p, self._clock = daemon.p2p, clock
         self._links: defaultdict[str, list[Link]] = defaultdict(list)
         self._dialling: dict[str, asyncio.Task[Link]] = {}
         self._methods: dict[str, Method] = {"hello": Method(self._on_hello, 0)}
+        self._budget = Budget()
         self._closed_bytes = [0, 0]
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -53,7 +54,7 @@ class Endpoint:
         await self._p2p.add_binary_stream_handler(PROTOCOL, self._on_stream)
 
     def on(self, method: str, handler: Handler, *, max_body: int = 0) -> None:
-        """Let other peers call `method`. `handler(link, header, body)` answers (header, body) or raises NetworkError."""
+        """Let others call `method`. `handler(link, header, body)` answers (header, body) or raises NetworkError."""
         self._methods[method] = Method(handler, max_body)
 
     @property
@@ -86,44 +87,53 @@ class Endpoint:
         if peer_id not in self._dialling:
             task = asyncio.create_task(self._dial(peer_id, list(maddrs)))
             self._dialling[peer_id] = task
-            task.add_done_callback(lambda done: self._dialling.pop(peer_id, None) and done.exception())
+
+            def dialled(done: asyncio.Task[Link]) -> None:
+                del self._dialling[peer_id]
+                if not done.cancelled():
+                    done.exception()  # seen, also when nobody waits any more
+
+            task.add_done_callback(dialled)
         return await asyncio.shield(self._dialling[peer_id])
 
     async def _dial(self, peer_id: str, maddrs: list[str]) -> Link:
         if peer_id == self.peer_id:
             raise PeerGone("that is this peer itself")
-        target = PeerID.from_base58(peer_id)
+        why = ""
         try:
-            if maddrs:
-                with contextlib.suppress(ControlFailure):  # its routing table may still know a better address
-                    addresses = [Multiaddr(maddr.split("/p2p/")[0]) for maddr in maddrs]
-                    await asyncio.wait_for(self._p2p._client.connect(target, addresses), DIAL_S)
-            info, reader, writer = await asyncio.wait_for(
-                self._p2p.call_binary_stream_handler(target, PROTOCOL), DIAL_S
-            )
-        except asyncio.TimeoutError:
-            raise PeerGone(f"cannot reach {peer_id}", why=f"no answer within {DIAL_S:.0f} s") from None
-        except (ControlFailure, OSError, asyncio.IncompleteReadError) as error:
-            raise PeerGone(f"cannot reach {peer_id}", why=str(error) or type(error).__name__) from None
-        link = self._add(peer_id, reader, writer, str(info.addr))
+            target = PeerID.from_base58(peer_id)
+            places = [place for maddr in maddrs if (place := without_peer_id(maddr, peer_id)) is not None]
+            if places:
+                try:
+                    connecting = self._p2p._client.connect(target, places[:MAX_ADDRESSES_DIALLED])
+                    await asyncio.wait_for(connecting, DIAL_S)
+                except Exception as error:  # its routing table may still know a better address
+                    why = _reason(error)
+            opening = self._p2p.call_binary_stream_handler(target, PROTOCOL)
+            info, reader, writer = await asyncio.wait_for(opening, DIAL_S)
+            observed_maddr = str(info.addr)
+        except Exception as error:  # hivemind and its libraries raise many kinds, also for a peer id that is none
+            raise PeerGone(f"cannot reach {peer_id[:80]}", why=why or _reason(error)) from None
+        link = self._add(peer_id, reader, writer, observed_maddr, dialled=True)
         asked = self._clock()
         try:
             answer, _ = await link.call("hello", {"v": 1, "session": self.session, "time": asked}, deadline_s=HELLO_S)
-        except NetworkError:
+            self._greeted(link, answer, (asked + self._clock()) / 2)
+        except BaseException:
             link.close("no greeting")
             raise
-        self._greeted(link, answer, (asked + self._clock()) / 2)
         return link
 
     async def _on_stream(self, info: Any, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         peer_id = info.peer_id.to_base58()
-        crowded = len(self._links[peer_id]) >= MAX_LINKS_OF_ONE_PEER or sum(map(len, self._links.values())) >= MAX_LINKS
+        crowded = len(self._links.get(peer_id, ())) >= MAX_LINKS_OF_ONE_PEER or len(self._all_links()) >= MAX_LINKS
         if crowded:
-            writer.close()
+            writer.transport.abort()
             return
         link = self._add(peer_id, reader, writer, str(info.addr))
         try:
-            await asyncio.sleep(HELLO_S)
+            await asyncio.wait_for(link.closed.wait(), HELLO_S)
+        except asyncio.TimeoutError:
             if not link.greeted:
                 link.close("it did not say hello")
         except asyncio.CancelledError:
@@ -140,17 +150,23 @@ class Endpoint:
 
     def _greeted(self, link: Link, header: dict[str, Any], now: float) -> None:
         version, session, theirs = header.get("v"), header.get("session"), header.get("time")
-        if version != 1 or not isinstance(session, str) or len(session) > 64 or not isinstance(theirs, (int, float)):
-            link.close("a greeting we do not understand")
+        understood = (
+            version == 1 and isinstance(session, str) and len(session) <= 64
+            and isinstance(theirs, (int, float)) and abs(theirs) < MAX_CLOCK_S
+        )
+        if not understood:  # who dialled closes the link; where that is not us, it is closed for want of a greeting
             raise PeerRefused("we speak version 1 of the protocol", do="use the same version of this program")
-        link.session = session
+        link.session = str(session)
         link.greeted = True
-        self.skews_s[link.peer_id] = theirs - now
+        self.skews_s[link.peer_id] = float(theirs or 0) - now
 
     def _add(
-        self, peer_id: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, observed_maddr: str
+        self, peer_id: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, observed_maddr: str, *,
+        dialled: bool = False,
     ) -> Link:
-        link = Link(peer_id, reader, writer, self._methods, observed_maddr)
+        link = Link(
+            peer_id, reader, writer, self._methods, observed_maddr, dialled=dialled, budget=self._budget
+        )
         self._links[peer_id].append(link)
         task = asyncio.create_task(self._forget_when_closed(link))
         self._tasks.add(task)
@@ -165,6 +181,7 @@ class Endpoint:
         if not self._links[link.peer_id]:
             del self._links[link.peer_id]
         if link.greeted and not self.is_linked(link.peer_id):
+            self.skews_s.pop(link.peer_id, None)
             self.on_link_closed(link.peer_id)
 
     def _all_links(self) -> list[Link]:
@@ -173,5 +190,13 @@ class Endpoint:
     async def stop(self) -> None:
         for link in self._all_links():
             link.close("leaving")
-        for task in self._tasks:
+        tasks = [*self._tasks, *self._dialling.values()]
+        for task in tasks:
             task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, asyncio.TimeoutError):
+        return f"no answer within {DIAL_S:.0f} s"
+    return str(error)[:2000] or type(error).__name__

@@ -13,6 +13,7 @@ from hivemind.p2p import PeerID
 
 _ID_PREFIX = bytes.fromhex("002408011220")
 """multihash(identity, 36 bytes) of protobuf {key_type: Ed25519, data: 32 bytes}"""
+MAX_PEER_ID_CHARACTERS = 80
 
 
 class Keypair:
@@ -35,17 +36,27 @@ class Keypair:
 def verify(peer_id: str, message: bytes, signature: bytes) -> bool:
     """True where `peer_id`'s key signed `message`. Never raises on bytes from strangers."""
     try:
+        if len(peer_id) > MAX_PEER_ID_CHARACTERS:  # base58 takes quadratic time
+            return False
         raw = PeerID.from_base58(peer_id).to_bytes()
-        if len(raw) != 38 or not raw.startswith(_ID_PREFIX):
+        if len(raw) != 38 or not raw.startswith(_ID_PREFIX) or PeerID(raw).to_base58() != peer_id:
             return False
         Ed25519PublicKey.from_public_bytes(raw[len(_ID_PREFIX):]).verify(signature, message)
-    except (InvalidSignature, ValueError):
+    except (InvalidSignature, ValueError, TypeError):
         return False
     return True
 
 
-_ADJECTIVES = "amber bold brisk calm clever coral dusty early fair gentle green hazel ivory jolly keen lively mellow misty noble olive proud quick quiet ruby sandy silver sunny swift tidy vivid warm wise".split()
-_ANIMALS = "badger bear bison crane crow deer dove eagle elk falcon ferret finch fox gecko hare hawk heron ibex jay kestrel lark lemur lynx marten moose otter owl panda puffin raven robin wren".split()
+_ADJECTIVES = (
+    "amber", "bold", "brisk", "calm", "clever", "coral", "dusty", "early", "fair", "gentle", "green", "hazel", "ivory",
+    "jolly", "keen", "lively", "mellow", "misty", "noble", "olive", "proud", "quick", "quiet", "ruby", "sandy",
+    "silver", "sunny", "swift", "tidy", "vivid", "warm", "wise",
+)
+_ANIMALS = (
+    "badger", "bear", "bison", "crane", "crow", "deer", "dove", "eagle", "elk", "falcon", "ferret", "finch", "fox",
+    "gecko", "hare", "hawk", "heron", "ibex", "jay", "kestrel", "lark", "lemur", "lynx", "marten", "moose", "otter",
+    "owl", "panda", "puffin", "raven", "robin", "wren",
+)
 
 
 def friendly_name(peer_id: str) -> str:

@@ -3,7 +3,8 @@
 The side behind a router dials; after that the direction makes no difference, so peers without incoming connections
 take full part. Every read and write has a deadline: a peer that stops taking our bytes for `STALL_S` is gone. When a
 link ends, all calls that wait on it fail with PeerGone at once - the death of a process is noticed in milliseconds,
-that of a frozen machine by the deadline of the call.
+that of a frozen machine by the deadline of the call. What a peer can make us keep is bounded: requests in number, their
+bodies in bytes and time, and answers that it does not take by leaving them with their handlers.
 """
 
 from __future__ import annotations
@@ -24,6 +25,11 @@ MAX_CALLS = 64
 """unanswered requests that one peer may have with us"""
 MAX_WAITING_BYTES = 256 * 1024 * 1024
 """request bodies of one peer that may be on their way at once"""
+MAX_BODY_S = 900.0
+"""a request's body takes at most this long to arrive"""
+MAX_QUEUED_BYTES = 16 * 1024 * 1024
+"""further answers with a body wait while this much waits to be sent"""
+MAX_QUEUED_HEADS = 2000
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +43,14 @@ class Method:
 
     handler: Handler
     max_body: int
+
+
+@dataclass
+class Budget:
+    """Bytes of request bodies that all links together hold: received, and not yet answered."""
+
+    limit: int = 1024**3
+    used: int = 0
 
 
 @dataclass
@@ -54,24 +68,29 @@ class _Request:
     method: Method
     head: dict[str, Any]
     expected: int
+    timer: asyncio.TimerHandle
     body: bytearray = field(default_factory=bytearray)
 
 
 class Link:
+    """`dialled`: by us, so we know who it is and it may ask before it says hello."""
+
     def __init__(
         self, peer_id: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, methods: dict[str, Method],
-        observed_maddr: str = "",
+        observed_maddr: str = "", *, dialled: bool = False, budget: Budget | None = None,
     ) -> None:
         self.peer_id = peer_id
         self.observed_maddr = observed_maddr
         self.bytes_sent = self.bytes_received = 0
         self.greeted = False
-        """the other side has said who it is; until then it may ask for nothing else"""
+        """both sides have said hello; until then the one that dialled may ask for nothing else"""
+        self._dialled, self._budget = dialled, budget or Budget()
         self.session = ""
         self.last_heard = asyncio.get_running_loop().time()
         self._reader, self._writer, self._methods = reader, writer, methods
         self._urgent: deque[bytes] = deque()
         self._bulk: deque[tuple[int, int, memoryview]] = deque()
+        self._queued_bytes = 0
         self._wake, self._room = asyncio.Event(), asyncio.Event()
         self._calls: dict[int, _Call] = {}
         self._requests: dict[int, _Request] = {}
@@ -101,7 +120,7 @@ class Link:
             raise PeerGone(f"{method}: no answer from {self.peer_id[-6:]} within {deadline_s:.1f} s") from None
         finally:
             del self._calls[call]
-            if not waiting.answered:
+            if not waiting.answered and not self.closed.is_set():
                 self._drop_queued(frames.REQUEST_BODY, call)
                 self._urgent.append(frames.pack(frames.CANCEL, call, b""))
                 self._wake.set()
@@ -114,17 +133,24 @@ class Link:
         for waiting in self._calls.values():
             if not waiting.future.done():
                 waiting.future.set_exception(PeerGone(f"the link to {self.peer_id[-6:]} ended", why=reason))
+        for request in self._requests.values():
+            request.timer.cancel()
+            self._budget.used -= len(request.body)
+        self._requests.clear()
+        self._urgent.clear()
+        self._bulk.clear()
         for task in [*self._tasks, *self._answering.values()]:
             if task is not asyncio.current_task():
                 task.cancel()
         with contextlib.suppress(Exception):
-            self._writer.close()
+            self._writer.transport.abort()  # close() would wait, perhaps for ever, for the peer to take what is left
 
     def _send(self, head_kind: int, body_kind: int, call: int, head: bytes, body: bytes) -> None:
         self._urgent.append(frames.pack(head_kind, call, head))
         view = memoryview(body)
         for start in range(0, len(body), frames.MAX_FRAME_BYTES):
             self._bulk.append((body_kind, call, view[start:start + frames.MAX_FRAME_BYTES]))
+        self._queued_bytes += len(body)
         self._wake.set()
 
     async def _write_loop(self) -> None:
@@ -132,14 +158,26 @@ class Link:
         try:
             while not self.closed.is_set():
                 while self._urgent or self._bulk:
-                    frame = self._urgent.popleft() if self._urgent else frames.pack(*self._bulk.popleft())
+                    frame = self._urgent.popleft() if self._urgent else self._next_bulk()
                     self._writer.write(frame)
                     self.bytes_sent += len(frame)
                     await asyncio.wait_for(self._writer.drain(), STALL_S)
                 self._wake.clear()
                 await self._wake.wait()
-        except (OSError, asyncio.TimeoutError) as error:
-            self.close(f"it takes no bytes ({type(error).__name__})")
+        except asyncio.TimeoutError:
+            self.close(f"it took no bytes for {STALL_S:.0f} s")
+        except OSError:
+            self.close("the connection ended")
+
+    def _next_bulk(self) -> bytes:
+        kind, call, part = self._bulk.popleft()
+        self._unqueue(len(part))
+        return frames.pack(kind, call, part)
+
+    def _unqueue(self, size: int) -> None:
+        self._queued_bytes -= size
+        if self._queued_bytes < MAX_QUEUED_BYTES:
+            self._room.set()
 
     async def _read_loop(self) -> None:
         try:
@@ -160,6 +198,9 @@ class Link:
         except NetworkError as error:
             log.warning("closing the link to %s: %s", self.peer_id, error)
             self.close(str(error))
+        except Exception:
+            log.exception("closing the link to %s", self.peer_id)
+            self.close("internal error")
 
     def _on_request(self, call: int, payload: bytes) -> None:
         head = frames.parse_head(payload)
@@ -171,16 +212,19 @@ class Link:
         if len(self._requests) + len(self._answering) >= MAX_CALLS:
             raise BadMessage(f"more than {MAX_CALLS} requests at once")
         method = self._methods.get(name)
-        if method is None or (not self.greeted and name != "hello"):
+        if method is None or not (self.greeted or self._dialled or name == "hello"):
+            if len(self._urgent) > MAX_QUEUED_HEADS:
+                raise BadMessage("it asks and takes no answers")
             self._refuse(call, "no such method" if method is None else "say hello first")
             method = Method(_swallow, frames.MAX_FRAME_BYTES * 1024) if length else None
         if method is None:
             return
         if length > method.max_body:
-            raise BadMessage(f"{name}: a body of {length} bytes", why=f"the limit is {method.max_body}")
+            raise BadMessage(f"{name[:40]!r}: a body of {length} bytes", why=f"the limit is {method.max_body}")
         if length + sum(r.expected for r in self._requests.values()) > MAX_WAITING_BYTES:
             raise BadMessage(f"more than {MAX_WAITING_BYTES} bytes of requests at once")
-        self._requests[call] = _Request(method, header, length)
+        timer = asyncio.get_running_loop().call_later(MAX_BODY_S, self.close, f"a body took over {MAX_BODY_S:.0f} s")
+        self._requests[call] = _Request(method, header, length, timer)
         self._maybe_answer(call)
 
     def _on_request_body(self, call: int, payload: bytes) -> None:
@@ -188,6 +232,9 @@ class Link:
         if request is None or len(request.body) + len(payload) > request.expected:
             raise BadMessage("a body that was not announced")
         if request.method.handler is not _swallow:
+            if self._budget.used + len(payload) > self._budget.limit:
+                raise BadMessage("too many bytes of requests from all peers at once")
+            self._budget.used += len(payload)
             request.body += payload
         else:
             request.expected -= len(payload)
@@ -198,32 +245,47 @@ class Link:
         if len(request.body) < request.expected:
             return
         del self._requests[call]
+        request.timer.cancel()
         if request.method.handler is not _swallow:
-            self._answering[call] = asyncio.create_task(self._answer(call, request))
+            task = asyncio.create_task(self._answer(call, request))
+            self._answering[call] = task
+
+            def done(_: object, size: int = len(request.body)) -> None:  # a task cancelled early never runs a line
+                self._answering.pop(call, None)
+                self._budget.used -= size
+
+            task.add_done_callback(done)
 
     def _on_cancel(self, call: int) -> None:
-        self._requests.pop(call, None)
+        request = self._requests.pop(call, None)
+        if request is not None:
+            request.timer.cancel()
+            self._budget.used -= len(request.body)
         self._drop_queued(frames.ANSWER_BODY, call)
         if call in self._answering:
             self._answering[call].cancel()
 
     def _drop_queued(self, kind: int, call: int) -> None:
-        self._bulk = deque(item for item in self._bulk if item[:2] != (kind, call))
+        kept = deque(item for item in self._bulk if item[:2] != (kind, call))
+        if len(kept) < len(self._bulk):
+            self._bulk = kept
+            self._unqueue(self._queued_bytes - sum(len(part) for _, _, part in kept))
 
     async def _answer(self, call: int, request: _Request) -> None:
         try:
             header, body = await request.method.handler(self, request.head, bytes(request.body))
             head = frames.pack_head({"h": header, "n": len(body)})
+            while body and self._queued_bytes >= MAX_QUEUED_BYTES:
+                self._room.clear()
+                await self._room.wait()
             self._send(frames.ANSWER, frames.ANSWER_BODY, call, head, body)
         except NetworkError as error:
             self._refuse(call, str(error))
-        except asyncio.CancelledError:
-            raise
         except Exception:
             log.exception("a handler failed")
             self._refuse(call, "internal error")
-        finally:
-            self._answering.pop(call, None)
+        if len(self._urgent) > MAX_QUEUED_HEADS:
+            self.close("it asks and takes no answers")
 
     def _refuse(self, call: int, why: str) -> None:
         self._urgent.append(frames.pack(frames.REFUSED, call, frames.pack_head({"why": why[:500]})))
@@ -241,8 +303,11 @@ class Link:
         if kind == frames.ANSWER:
             head = frames.parse_head(payload)
             header, length = head.get("h"), head.get("n")
+            if waiting.head is not None:
+                raise BadMessage("a call is answered twice")
             if not (isinstance(header, dict) and isinstance(length, int) and 0 <= length <= waiting.max_answer):
-                raise BadMessage("an answer that is too long or has no header", why=f"limit {waiting.max_answer} bytes")
+                why = f"the limit is {waiting.max_answer} bytes"
+                raise BadMessage("an answer that is too long or has no header", why=why)
             waiting.head, waiting.expected = header, length
         else:
             if waiting.head is None or len(waiting.body) + len(payload) > waiting.expected:

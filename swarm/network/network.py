@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
+import logging
 import random
 import threading
 import time
@@ -15,6 +17,7 @@ from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any, TypeVar
 
+from swarm.errors import JoinError, NetworkError
 from swarm.network import join, reachability
 from swarm.network.daemon import Daemon
 from swarm.network.dht import Dht
@@ -25,6 +28,12 @@ from swarm.network.records import Status
 
 T = TypeVar("T")
 
+WATCH_S = 0.2
+STEP_S = 5.0
+"""for each part to stop"""
+
+log = logging.getLogger(__name__)
+
 
 class Network:
     def __init__(self, keypair: Keypair, *, clock: Callable[[], float] = time.time) -> None:
@@ -33,8 +42,13 @@ class Network:
         self.dht: Dht
         self.directory: Directory
         self.maddrs: list[str] = []
+        self.on_daemon_lost: Callable[[], None] = lambda: log.error("libp2p's daemon is gone")
+        """called once, on the network's thread, when p2pd ends without being told to"""
         self._daemon: Daemon | None = None
+        self._watcher: asyncio.Task[None] | None = None
+        self._stopping = threading.Lock()
         self._loop = asyncio.new_event_loop()
+        self._loop.set_exception_handler(_log_quietly)
         self._thread = threading.Thread(target=self._loop.run_forever, name="network", daemon=True)
         self._thread.start()
 
@@ -65,25 +79,35 @@ class Network:
         self._daemon = await Daemon.start(
             self.keypair, folder=folder, listen=listen, announce=announce, accept_incoming=not observe
         )
+        self._watcher = asyncio.create_task(self._watch(self._daemon))
         self.endpoint = Endpoint(self._daemon, self.peer_id, clock=self.clock)
         reachability.serve(self.endpoint)
-        await self.endpoint.start()
+        try:
+            await asyncio.wait_for(self.endpoint.start(), STEP_S)
+            visible = [] if observe else await asyncio.wait_for(self._daemon.addresses(), STEP_S)
+        except Exception as error:  # it has just answered; it can only have died since
+            why = str(error) or type(error).__name__
+            raise NetworkError("libp2p's daemon stopped answering", why=why, do="try again") from error
         answered: list[str] = []
         if initial_peers:
             try:
                 answered = await join.connect(
                     self.endpoint, initial_peers, deadline_s=join_timeout_s if ask_initial_peers else 0.0
                 )
-            except join.JoinError:
+            except JoinError:
                 if ask_initial_peers:
                     raise
         known = [maddr for maddr in initial_peers if maddr.rsplit("/", 1)[-1] in answered]
         self.dht = await Dht.start(
             self._daemon, self.keypair, initial_peers=known, observe=observe, clock=self.clock
         )
-        if not observe:
-            self.maddrs = [str(maddr) for maddr in await self._daemon.p2p.get_visible_maddrs(latest=True)]
+        self.maddrs = visible
         return answered
+
+    async def _watch(self, daemon: Daemon) -> None:
+        while daemon.is_alive():
+            await asyncio.sleep(WATCH_S)
+        self.on_daemon_lost()
 
     def start_directory(self, *, run_id: str, my_status: Callable[[], Status]) -> None:
         """On the network's thread, once the run is known: begin to meet its peers."""
@@ -94,28 +118,51 @@ class Network:
         return self._daemon is not None and self._daemon.is_alive()
 
     def stop(self) -> None:
-        """Ends everything that `start` began, whatever state it is in. Safe to call twice."""
-        if self._thread.is_alive():
+        """Ends everything that `start` began, also where it failed or has not finished. Safe to call twice, and from
+        any thread but the network's own."""
+        if threading.current_thread() is self._thread:
+            raise RuntimeError("the network cannot stop itself from its own thread")
+        with self._stopping:
+            if not self._thread.is_alive():
+                return
             try:
-                self.run(self._stop(), timeout_s=30)
+                with contextlib.suppress(TimeoutError, concurrent.futures.TimeoutError):
+                    self.run(self._stop(), timeout_s=6 * STEP_S)
             finally:
                 self._loop.call_soon_threadsafe(self._loop.stop)
                 self._thread.join(timeout=10)
+                if self._daemon is not None:  # also where the loop hangs
+                    self._daemon.end()
                 if not self._thread.is_alive():
                     self._loop.close()
 
     async def _stop(self) -> None:
-        if hasattr(self, "directory"):
-            await self.directory.stop()
-        if hasattr(self, "dht"):
-            await self.dht.stop()
-        if hasattr(self, "endpoint"):
-            await self.endpoint.stop()
+        if self._watcher is not None:
+            self._watcher.cancel()
+        await self._cancel_all()  # a start() that is under way ends its daemon itself
+        for part in (getattr(self, "directory", None), getattr(self, "endpoint", None), getattr(self, "dht", None)):
+            if part is not None:
+                await _bounded(part.stop())
         if self._daemon is not None:
-            await self._daemon.stop()
-        current = asyncio.current_task()
-        rest = [task for task in asyncio.all_tasks() if task is not current]
+            await _bounded(self._daemon.stop(), 3 * STEP_S)
+        await self._cancel_all()
+        await asyncio.get_running_loop().shutdown_default_executor()
+
+    async def _cancel_all(self) -> None:
+        rest = asyncio.all_tasks() - {asyncio.current_task()}
         for task in rest:
             task.cancel()
-        await asyncio.gather(*rest, return_exceptions=True)
-        await asyncio.get_running_loop().shutdown_default_executor()
+        if rest:
+            await asyncio.wait(rest, timeout=STEP_S)
+
+
+async def _bounded(step: Coroutine[Any, Any, None], limit_s: float = STEP_S) -> None:
+    try:
+        await asyncio.wait_for(step, limit_s)
+    except Exception:  # the next part is to stop all the same
+        log.debug("while stopping", exc_info=True)
+
+
+def _log_quietly(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """What a task leaves behind that nobody waits for: mostly hivemind's, about strangers' bytes. Seen with -v."""
+    log.debug("%s", context.get("message"), exc_info=context.get("exception"))

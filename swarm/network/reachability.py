@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ipaddress
 from typing import Any
 
 from swarm.errors import NetworkError, PeerRefused
@@ -21,14 +22,22 @@ GREETING = b"/multistream/1.0.0"
 
 
 def serve(endpoint: Endpoint) -> None:
-    endpoint.on("probe", _probe)
+    """Probe for others: one at a time for each, so that nobody scans machines behind their own address through us."""
+    probing: set[str] = set()
 
+    async def probe(link: Link, header: dict[str, Any], body: bytes) -> Answer:
+        port, seen = header.get("port"), host_and_port(link.observed_maddr)
+        if not isinstance(port, int) or not 1024 <= port <= 65535 or seen is None:
+            raise PeerRefused("need a port from 1024 to 65535 and a direct connection")
+        if link.peer_id in probing:
+            raise PeerRefused("one probe at a time")
+        probing.add(link.peer_id)
+        try:
+            return {"reached": await dial(seen[0], port), "from": seen[0]}, b""
+        finally:
+            probing.discard(link.peer_id)
 
-async def _probe(link: Link, header: dict[str, Any], body: bytes) -> Answer:
-    port, seen = header.get("port"), host_and_port(link.observed_maddr)
-    if not isinstance(port, int) or not 1024 <= port <= 65535 or seen is None:
-        raise PeerRefused("need a port from 1024 to 65535 and a direct connection")
-    return {"reached": await dial(seen[0], port), "from": seen[0]}, b""
+    endpoint.on("probe", probe)
 
 
 async def dial(host: str, port: int) -> bool:
@@ -51,8 +60,16 @@ async def ask(endpoint: Endpoint, peers: list[str], *, port: int | None) -> tupl
     for peer_id in peers[:3]:
         with contextlib.suppress(NetworkError):
             answer, _ = await endpoint.call(peer_id, "probe", {"port": port}, deadline_s=PROBE_S + 2)
-            seen = str(answer.get("from"))[:60]
+            at = f"{_address(answer.get('from'))} port {port}"
             if answer.get("reached") is True:
-                return True, f"others reach it at {seen} port {port}"
-            return False, f"nobody gets in at {seen} port {port}: outgoing connections only, which is fine for training"
+                return True, f"others reach it at {at}"
+            return False, f"nobody gets in at {at}: outgoing connections only, which is fine for training"
     return None, "nobody to ask yet"
+
+
+def _address(seen: object) -> str:
+    """A stranger's text goes to the screen only if it is an address."""
+    try:
+        return str(ipaddress.ip_address(str(seen)[:60]))
+    except ValueError:
+        return "its address"

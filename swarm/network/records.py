@@ -13,6 +13,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from swarm.errors import BadMessage
+from swarm.network import frames
 from swarm.network.keys import Keypair, verify
 
 MAX_RECORD_BYTES = 9_500
@@ -83,17 +84,18 @@ def seal(keypair: Keypair, key: bytes, payload: str, *, expires: float) -> bytes
 
 
 def unseal(peer_id: str, key: bytes, value: bytes, *, expires: float, now: float) -> str | None:
-    """The payload, or None where it is too long, not signed by `peer_id`, or its expiry is past, far or not a number."""
-    if len(value) > MAX_RECORD_BYTES or not math.isfinite(expires) or not now < expires < now + MAX_TTL_S + 60:
+    """The payload; None where it is too long, not signed by `peer_id`, or its expiry is past, far or not a number."""
+    if not isinstance(expires, float) or not math.isfinite(expires) or not now < expires < now + MAX_TTL_S + 60:
+        return None
+    if len(value) > MAX_RECORD_BYTES:
         return None
     try:
-        document = json.loads(value)
+        document = frames.parse_head(value)
         payload, signature = document["payload"], bytes.fromhex(document["sig"])
-    except (ValueError, KeyError, TypeError, RecursionError):
+        signed = _signed_bytes(key, payload, expires)
+    except (BadMessage, ValueError, KeyError, TypeError, AttributeError):
         return None
-    if not isinstance(payload, str) or not verify(peer_id, _signed_bytes(key, payload, expires), signature):
-        return None
-    return payload
+    return payload if verify(peer_id, signed, signature) else None
 
 
 def _signed_bytes(key: bytes, payload: str, expires: float) -> bytes:

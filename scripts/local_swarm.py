@@ -1,0 +1,228 @@
+#!/usr/bin/env python3
+"""A swarm of N real peers on this machine: one command to watch it, test it, or measure it.
+
+Every peer is a process of its own (`python -m swarm.peer --ui json`) with its own home folder; the first starts the
+run and the others join it, as friends would. Ends when the run is complete, at --until-tokens, or with Ctrl+C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import queue
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+START_S = 120.0
+LEAVE_S = 120.0
+
+
+@dataclass
+class LocalPeer:
+    """One peer process and the newest of its events."""
+
+    number: int
+    home: Path
+    process: subprocess.Popen[str]
+    newest: dict[str, dict[str, Any]] = field(default_factory=dict)
+    heads: dict[int, tuple[int, str]] = field(default_factory=dict)
+    """fragment -> (version, digest)"""
+    warnings: list[str] = field(default_factory=list)
+    stderr: list[str] = field(default_factory=list)
+
+    def hear(self, event: dict[str, Any]) -> None:
+        self.newest[event["event"]] = event
+        if event["event"] == "round":
+            self.heads[event["fragment"]] = (event["version"], event["digest"])
+        elif event["event"] == "warning":
+            self.warnings.append(event["text"])
+
+    def last(self, kind: str, key: str, default: Any = 0) -> Any:
+        return self.newest.get(kind, {}).get(key, default)
+
+
+class LocalSwarm:
+    """Starts peers, collects their events. A context manager: none of them survives it."""
+
+    def __init__(self, home: Path, *, threads: int = 1, on_event: Callable[[LocalPeer, dict[str, Any]], None]
+                 = lambda peer, event: None) -> None:
+        self.home, self.threads, self.on_event = home, threads, on_event
+        self.peers: list[LocalPeer] = []
+        self._events: queue.Queue[tuple[LocalPeer, dict[str, Any]]] = queue.Queue()
+
+    def __enter__(self) -> LocalSwarm:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for peer in self.peers:
+            if peer.process.poll() is None:
+                peer.process.kill()
+        for peer in self.peers:
+            peer.process.wait()
+
+    def start_peer(self, *arguments: str, number: int | None = None) -> LocalPeer:
+        """Start a peer; `number` of an earlier one gives it that one's home folder."""
+        number = len(self.peers) if number is None else number
+        home = self.home / f"peer-{number}"
+        command = [
+            sys.executable, "-m", "swarm.peer", "--ui", "json", "--home", str(home),
+            "--listen", "/ip4/127.0.0.1/tcp/0", "--threads", str(self.threads), *arguments,
+        ]
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        )
+        peer = LocalPeer(number, home, process)
+        self.peers.append(peer)
+        threading.Thread(target=self._read, args=(peer,), daemon=True).start()
+        threading.Thread(target=self._read_errors, args=(peer,), daemon=True).start()
+        return peer
+
+    def pump(self, *, timeout_s: float = 0.2) -> bool:
+        """Handle events for at most `timeout_s`; False when none came."""
+        try:
+            peer, event = self._events.get(timeout=timeout_s)
+        except queue.Empty:
+            return False
+        while True:
+            peer.hear(event)
+            self.on_event(peer, event)
+            try:
+                peer, event = self._events.get_nowait()
+            except queue.Empty:
+                return True
+
+    def wait_for(self, condition: Callable[[], bool], *, timeout_s: float, what: str) -> None:
+        deadline = time.monotonic() + timeout_s
+        while not condition():
+            self.pump()
+            for peer in self.peers:
+                if peer.process.poll() not in (None, 0, -signal.SIGKILL):
+                    raise SystemExit(f"peer {peer.number} ended with an error:\n" + "".join(peer.stderr[-30:]))
+            if time.monotonic() > deadline:
+                raise SystemExit(f"waited {timeout_s:.0f} s in vain for {what}")
+
+    def running(self) -> list[LocalPeer]:
+        return [peer for peer in self.peers if peer.process.poll() is None]
+
+    def finish(self) -> None:
+        """Ask all to finish and wait until they have."""
+        for peer in self.running():
+            peer.process.send_signal(signal.SIGTERM)
+        self.wait_for(lambda: not self.running(), timeout_s=LEAVE_S, what="the peers to leave")
+        while self.pump():
+            pass
+
+    def _read(self, peer: LocalPeer) -> None:
+        assert peer.process.stdout is not None
+        for line in peer.process.stdout:
+            with contextlib.suppress(ValueError):
+                self._events.put((peer, json.loads(line)))
+
+    def _read_errors(self, peer: LocalPeer) -> None:
+        assert peer.process.stderr is not None
+        for line in peer.process.stderr:
+            peer.stderr.append(line)
+            del peer.stderr[:-200]
+
+
+def summary(swarm: LocalSwarm, seconds: float) -> dict[str, Any]:
+    """What a script wants to know of a swarm that has ended."""
+    fragments = sorted({fragment for peer in swarm.peers for fragment in peer.heads})
+    newest = [max((p.heads[f] for p in swarm.peers if f in p.heads), default=(0, "")) for f in fragments]
+    return {
+        "run_id": swarm.peers[0].last("ready", "run_id", ""),
+        "peers": len(swarm.peers),
+        "tokens": max(peer.last("progress", "swarm_tokens") for peer in swarm.peers),
+        "trained": sum(peer.last("progress", "tokens") for peer in swarm.peers),
+        "seconds": round(seconds, 1),
+        "loss": swarm.peers[0].last("progress", "loss", None),
+        "versions": [version for version, _ in newest],
+        "digests": [digest for _, digest in newest],
+        "digests_agree": all(
+            len({p.heads[f] for p in swarm.peers if f in p.heads}) == 1 for f in fragments
+        ),
+        "bytes_sent": [peer.last("progress", "bytes_sent") for peer in swarm.peers],
+        "left": [peer.last("left", "reason", None) for peer in swarm.peers],
+        "warnings": [warning for peer in swarm.peers for warning in peer.warnings],
+        "homes": [str(peer.home) for peer in swarm.peers],
+    }
+
+
+def line(swarm: LocalSwarm, began: float) -> str:
+    losses = [peer.last("progress", "loss", None) for peer in swarm.running()]
+    known = [loss for loss in losses if loss is not None]
+    first = max(swarm.peers, key=lambda peer: int(peer.last("progress", "swarm_tokens")))
+    return (
+        f"{time.monotonic() - began:5.0f} s  {len(swarm.running())} peers"
+        f"  loss {sum(known) / len(known) if known else float('nan'):.3f}"
+        f"  tokens {first.last('progress', 'swarm_tokens'):>9,}"
+        f"  {first.last('progress', 'tokens_per_s'):>7,.0f} tok/s"
+        f"  round {max(first.last('progress', 'versions', [0]) or [0]):>3}"
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = make_parser()
+    options = parser.parse_args(argv)
+    if options.peers < 1:
+        parser.error("--peers must be at least 1")
+    with contextlib.ExitStack() as stack:
+        home = options.home or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="swarm-")))
+        swarm = stack.enter_context(LocalSwarm(home, threads=options.threads))
+        try:
+            run(swarm, options)
+        except KeyboardInterrupt:
+            swarm.finish()
+        result = summary(swarm, time.monotonic() - options.began)
+    if options.json:
+        print(json.dumps(result))
+    else:
+        agree = "all peers agree" if result["digests_agree"] else "the peers DISAGREE"
+        print(f"{result['tokens']:,} tokens in {result['seconds']:.0f} s; versions {result['versions']}: {agree}")
+    return 0 if result["digests_agree"] else 1
+
+
+def run(swarm: LocalSwarm, options: argparse.Namespace) -> None:
+    until = ["--until-tokens", str(options.until_tokens)] if options.until_tokens else []
+    first = swarm.start_peer("--new-swarm", *(["--run", options.run] if options.run else []), *until)
+    swarm.wait_for(lambda: "ready" in first.newest, timeout_s=START_S, what="the first peer")
+    maddrs = first.last("ready", "maddrs")
+    for _ in range(options.peers - 1):
+        swarm.start_peer("--initial-peers", *maddrs, *until)
+    if not options.json:
+        print(f"join with: {first.last('ready', 'join')}", flush=True)
+    deadline = time.monotonic() + options.max_seconds if options.max_seconds else float("inf")
+    shown = 0.0
+    while swarm.running() and time.monotonic() < deadline:
+        swarm.wait_for(lambda: swarm.pump() or not swarm.running(), timeout_s=60.0, what="any event")
+        if time.monotonic() - shown >= options.interval and not options.json and "progress" in first.newest:
+            shown = time.monotonic()
+            print(line(swarm, options.began), flush=True)
+    swarm.finish()
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peers", type=int, default=3, metavar="N", help="how many (3)")
+    parser.add_argument("--run", metavar="FILE", help="run config (the demo run)")
+    parser.add_argument("--until-tokens", type=int, metavar="N", help="end once the swarm has trained N tokens")
+    parser.add_argument("--max-seconds", type=float, metavar="S", help="end after this long at the latest")
+    parser.add_argument("--home", type=Path, metavar="DIR", help="keep the peers' home folders here (a temporary one)")
+    parser.add_argument("--threads", type=int, default=1, metavar="N", help="training threads of each peer (1)")
+    parser.add_argument("--interval", type=float, default=3.0, metavar="S", help="seconds between two lines (3)")
+    parser.add_argument("--json", action="store_true", help="print nothing but a summary as one JSON object")
+    parser.set_defaults(began=time.monotonic())
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

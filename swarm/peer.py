@@ -1,0 +1,113 @@
+"""python -m swarm.peer: start a run, join one, or resume. The composition root: reads config, builds the parts, runs them.
+
+The first Ctrl+C (or SIGTERM) finishes: the contribution at hand goes into a round and state is handed over. The second
+stops now. Exit codes: 0 done, 1 a stated error, 2 usage.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import sys
+import threading
+import traceback
+from types import FrameType
+
+from swarm import cli
+from swarm.config import PeerConfig
+from swarm.errors import SwarmError
+
+POLL_S = 0.25
+
+
+def main(argv: list[str] | None = None) -> int:
+    try:
+        config = cli.parse(sys.argv[1:] if argv is None else argv, dict(os.environ))
+    except SwarmError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    quiet_libraries(config.verbose)
+    try:
+        return run(config)
+    except SwarmError as error:
+        if config.verbose:
+            traceback.print_exc()
+        print(error, file=sys.stderr)
+        return error.exit_code
+
+
+def run(config: PeerConfig) -> int:
+    """Live as the peer that `config` describes, until it is done or told to stop. Raises SwarmError."""
+    from swarm.events import Bus, Left, Warning  # what follows imports torch: --help must not wait for it
+    from swarm.host.home import Home
+    from swarm.monitor.console import make_ui
+    from swarm.monitor.journal import Journal
+    from swarm.train.participant import Participant
+
+    stop = Stop()
+    bus = Bus()
+    ui = make_ui(config.ui, sys.stdout, verbose=config.verbose)
+    bus.listen(ui)
+    journals: list[Journal] = []
+
+    def keep_journal(folder: os.PathLike[str]) -> None:
+        journal = Journal(folder, warn=lambda text: bus.emit(Warning(text)))  # type: ignore[arg-type]
+        journals.append(journal)
+        bus.listen(journal)
+
+    with contextlib.ExitStack() as stack:
+        stack.callback(ui.close)
+        home = stack.enter_context(Home.open(config.home))
+        participant = Participant(config, home, bus, on_run=keep_journal)
+        stack.callback(participant.close)
+        for note in home.notes:
+            bus.emit(Warning(note))
+        stop.install()
+        participant.join()
+        reason = None
+        if not stop.asked.is_set():
+            participant.start()
+            while reason is None and not stop.asked.wait(POLL_S):
+                reason = participant.finished()
+            participant.leave()
+        bus.emit(Left(reason or "told to stop"))
+    for journal in journals:
+        journal.close()
+    return 0
+
+
+class Stop:
+    """Turns the first signal into a request to finish and the second into an end at once."""
+
+    def __init__(self) -> None:
+        self.asked = threading.Event()
+
+    def install(self) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self.asked.is_set():
+            os._exit(130)  # the watchdog ends p2pd and removes its sockets
+        self.asked.set()
+        print("finishing the round; again to stop now", file=sys.stderr, flush=True)
+
+
+def quiet_libraries(verbose: bool) -> None:
+    """Libraries write to the terminal as if it were theirs; only -v shows that."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HIVEMIND_LOGLEVEL", "INFO" if verbose else "CRITICAL")
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(name)s: %(message)s"))
+    logger = logging.getLogger("swarm")
+    logger.addHandler(handler)
+    logger.propagate = False
+    logger.setLevel(logging.INFO if verbose else logging.ERROR)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,122 @@
+"""Checkpoints: global state on disk, so that a peer, or a whole swarm that was switched off, comes back.
+
+    runs/RUN_ID/run.json                        the run config, canonical JSON
+    runs/RUN_ID/checkpoints/000042/fragment-000.safetensors   weights, buffer-0...; fp32
+    runs/RUN_ID/checkpoints/000042/manifest.json              version, tokens, digest of each fragment; hash of each file
+
+Written to a folder beside, synced, then renamed: there is never half a checkpoint under its name. The newest three are
+kept and the newest that verifies is loaded; a full disk costs the new checkpoint only. The state's digest is computed
+from what was read and compared, so a flipped bit never gets into the swarm.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+
+from swarm.averaging.global_state import GlobalState
+from swarm.errors import HomeError, StateError
+from swarm.host.home import atomic_write, sync_folder
+
+KEPT = 3
+MANIFEST = "manifest.json"
+MAX_MANIFEST_BYTES = 1024 * 1024
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    states: list[GlobalState]
+    stream: dict[str, Any] = field(default_factory=dict)
+    """where this peer was in its data"""
+
+
+def write(folder: Path, checkpoint: Checkpoint) -> Path:
+    """Write a new checkpoint below `folder`; returns its path. Raises HomeError, with everything older intact."""
+    folder.mkdir(parents=True, exist_ok=True)
+    sequence = max((int(path.name) for path in _complete(folder)), default=0) + 1
+    target, temporary = folder / f"{sequence:06d}", folder / f".{sequence:06d}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir()
+        manifest: dict[str, Any] = {"fragments": [], "files": {}, "stream": checkpoint.stream}
+        for state in checkpoint.states:
+            name = f"fragment-{state.fragment:03d}.safetensors"
+            tensors = {"weights": state.weights, **{f"buffer-{i}": b for i, b in enumerate(state.buffers)}}
+            data = save(tensors)
+            atomic_write(temporary / name, data)
+            manifest["files"][name] = hashlib.sha256(data).hexdigest()
+            manifest["fragments"].append({
+                "fragment": state.fragment, "version": state.version, "tokens": state.tokens, "digest": state.digest,
+            })
+        atomic_write(temporary / MANIFEST, json.dumps(manifest, indent=1).encode())
+        os.rename(temporary, target)
+        sync_folder(folder)
+    except OSError as error:
+        raise HomeError(f"cannot write a checkpoint to {folder}", why=str(error), do="make room; training goes on") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    for old in _complete(folder)[:-KEPT]:
+        shutil.rmtree(old, ignore_errors=True)
+    return target
+
+
+def load_newest(
+    folder: Path, *, numels: list[int], num_buffers: int, warn: Callable[[str], None] = lambda text: None
+) -> Checkpoint | None:
+    """The newest checkpoint that is whole and fits the run; None where there is none. `warn` names each bad one.
+
+    `numels`: length of each fragment's flat vector.
+    """
+    for path in reversed(_complete(folder)):
+        try:
+            return _load(path, numels, num_buffers)
+        except (StateError, OSError) as error:
+            warn(f"checkpoint {path.name} is damaged and was left out: {error}")
+    return None
+
+
+def _load(path: Path, numels: list[int], num_buffers: int) -> Checkpoint:
+    with open(path / MANIFEST, "rb") as file:
+        text = file.read(MAX_MANIFEST_BYTES)
+    try:
+        manifest = json.loads(text)
+        entries, files = manifest["fragments"], manifest["files"]
+        heads = [(int(e["version"]), int(e["tokens"]), str(e["digest"])) for e in entries]
+        stream = dict(manifest["stream"])
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise StateError(f"its manifest cannot be read ({error})") from None
+    if [e["fragment"] for e in entries] != list(range(len(numels))):
+        raise StateError("it does not hold the fragments of this run")
+    states = []
+    for index, (version, tokens, digest) in enumerate(heads):
+        name = f"fragment-{index:03d}.safetensors"
+        data = (path / name).read_bytes()
+        if hashlib.sha256(data).hexdigest() != files.get(name):
+            raise StateError(f"{name} does not match its hash")
+        with contextlib.suppress(SafetensorError):
+            tensors = load(data)
+            names = ["weights", *(f"buffer-{i}" for i in range(num_buffers))]
+            if all(key in tensors and tuple(tensors[key].shape) == (numels[index],) for key in names):
+                state = GlobalState(index, version, tokens, tensors["weights"], tuple(tensors[k] for k in names[1:]))
+                if version >= 0 and tokens >= 0 and state.digest == digest:
+                    states.append(state)
+                    continue
+        raise StateError(f"{name} does not hold the state that the manifest names")
+    return Checkpoint(states, stream)
+
+
+def _complete(folder: Path) -> list[Path]:
+    """Finished checkpoints, oldest first."""
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if path.name.isdigit() and (path / MANIFEST).is_file())

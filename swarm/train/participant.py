@@ -1,0 +1,369 @@
+"""One peer's life in a swarm: find the run, take over its state, train, leave.
+
+    join    device, memory, network, reachable, state: the checklist, each with its reason and its seconds
+    train   the training thread and the averager, until told to finish or the tokens are reached
+    leave   the last contribution goes into a round, others get what they lack, a checkpoint is written
+
+Whatever fails on the way raises a SwarmError; `close` ends everything from any state.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from swarm.averaging.averager import Averager
+from swarm.averaging.context import Context
+from swarm.config import PeerConfig, RunConfig
+from swarm.data.sources import documents
+from swarm.data.stream import PackedStream, tokenise
+from swarm.data.tokenizer import load_tokenizer
+from swarm.errors import ConfigError, HomeError, NetworkError, SwarmError
+from swarm.events import Bus, Check, Progress, Ready, Warning
+from swarm.host.device import choose_device, plan_memory
+from swarm.host.home import Home
+from swarm.network import join, reachability
+from swarm.network.keys import Keypair, friendly_name
+from swarm.network.maddr import host_and_port, join_command, peer_id_of
+from swarm.network.network import Network
+from swarm.network.records import Status
+from swarm.train import checkpoint, run_source
+from swarm.train.boundary import Boundary
+from swarm.train.checkpoint import Checkpoint
+from swarm.train.inner import InnerOptimizer
+from swarm.train.run_source import Held
+from swarm.train.trainer import Trainer, limit_threads
+
+PROGRESS_S = 1.0
+CHECKPOINT_S = 60.0
+MEET_S = 5.0
+SETTLE_S = 30.0
+HAND_OVER_S = 10.0
+
+
+class Participant:
+    def __init__(
+        self, config: PeerConfig, home: Home, bus: Bus, *, clock: Callable[[], float] = time.time,
+        on_run: Callable[[Path], None] = lambda folder: None,
+    ) -> None:
+        """`on_run` gets the run's folder as soon as the run is known."""
+        self.config, self.home, self.bus = config, home, bus
+        self.keypair = Keypair(home.key_bytes())
+        self.network = Network(self.keypair, clock=clock)
+        self.name = config.name or friendly_name(self.keypair.peer_id)
+        self.run: RunConfig
+        self.held: Held | None = None
+        self.averager: Averager | None = None
+        self.trainer: Trainer | None = None
+        self._on_run = on_run
+        self._boundary = Boundary()
+        self._stream: PackedStream | None = None
+        self._saved_stream: dict[str, Any] = {}
+        self._leaving = False
+        self._folder: Path
+        self._written_tokens = -1
+        self._closed = threading.Lock()
+
+    # -- join -------------------------------------------------------------------------------------------------------
+
+    def join(self) -> None:
+        """From nothing to a peer that holds the swarm's state. Raises SwarmError; then call `close`."""
+        config = self.config
+        limit_threads(config.threads)
+        began = time.monotonic()
+        device, reason = choose_device(config.device, config.threads)
+        self._check("device", f"{device}: {reason}", began)
+
+        began = time.monotonic()
+        if config.new_swarm:
+            self.run, self.held = run_source.new_run(config.run)
+        elif not config.initial_peers:
+            self.run = run_source.remembered(self.home, config.run_id)
+        answered = self._connect()
+        if not hasattr(self, "run"):
+            self.run = self.network.run(
+                join.find_run(self.network.dht, run_id=config.run_id, deadline_s=config.join_timeout_s)
+            )
+        self._folder = run_source.remember(self.run, self.home)
+        self._on_run(self._folder)
+        peers = self.network.run(self._meet(answered))
+        self._check("network", f"run {self.run.run_id}, " + _count(peers, "other peer"), began)
+        self._check_reachable(answered)
+        if config.role == "trainer":
+            began = time.monotonic()
+            if self.held is None:
+                self.held = run_source.hold(self.run)
+            num_parameters = sum(layout.num_parameters for layout in self.held.layouts)
+            plan = plan_memory(num_parameters, device=device, bits=self.run.averaging.bits)
+            if not plan.fits:
+                raise SwarmError("this model does not fit", why=plan.text, do="use a machine with more memory")
+            self._check("memory", plan.text, began)
+            self.held.model.to(device)  # type: ignore[arg-type]
+            self._take_over_state()
+            self._load_data()
+        self.network.submit(self._background())
+
+    def _connect(self) -> list[str]:
+        """Start networking and link to whom we were told of, or to whom we knew; returns the peer ids that answered."""
+        config, home = self.config, self.home
+        wanted = config.initial_peers
+        port = home.listen_port or 0
+        attempts = [config.listen] if config.listen else [[f"/ip4/0.0.0.0/tcp/{p}"] for p in dict.fromkeys([port, 0])]
+        for attempt, listen in enumerate(attempts):
+            try:
+                answered = self.network.run(self.network.start(
+                    folder=home.path, listen=listen, announce=config.announce,
+                    initial_peers=wanted or self._others_in(home.address_book), ask_initial_peers=bool(wanted),
+                    join_timeout_s=config.join_timeout_s,
+                ))
+                break
+            except NetworkError:
+                if attempt + 1 == len(attempts):
+                    raise  # the port of the last start may be taken by now; any other one does as well
+        place = next((p for p in map(host_and_port, self.network.maddrs) if p is not None), None)
+        if place is not None and not config.listen:
+            home.remember_listen_port(place[1])
+        return answered
+
+    def _others_in(self, book: list[str]) -> list[str]:
+        others = []
+        for maddr in book:
+            with contextlib.suppress(ConfigError):
+                if peer_id_of(maddr) != self.keypair.peer_id:
+                    others.append(maddr)
+        return others
+
+    async def _meet(self, answered: list[str]) -> int:
+        """Start the directory and wait a moment for the others' word; returns how many there are."""
+        network = self.network
+        network.start_directory(run_id=self.run.run_id, my_status=self.status)
+        network.directory.on_new_address = self._remember
+        for peer_id in answered:
+            network.directory.meet(peer_id, [m for m in self.config.initial_peers if m.endswith(peer_id)])
+        await network.directory.refresh()
+        deadline = asyncio.get_running_loop().time() + MEET_S
+        while asyncio.get_running_loop().time() < deadline:
+            await asyncio.gather(*(network.directory.tell(peer_id) for peer_id in network.directory.known()))
+            alive = network.directory.alive()
+            if not answered or any(status.heads for status in alive.values()):
+                break
+            if alive and all(status.role == "rendezvous" for status in alive.values()):
+                break
+            await asyncio.sleep(0.3)
+        await join.publish_run(network.dht, self.run, list(network.directory.alive()), network.peer_id)
+        return len(network.directory.alive())
+
+    def _check_reachable(self, answered: list[str]) -> None:
+        began = time.monotonic()
+        place = next((p for p in map(host_and_port, self.network.maddrs) if p is not None), None)
+        _, text = self.network.run(
+            reachability.ask(self.network.endpoint, answered, port=place[1] if place else None)
+        )
+        self._check("reachable", text, began)
+
+    def _take_over_state(self) -> None:
+        assert self.held is not None
+        began = time.monotonic()
+        saved = checkpoint.load_newest(
+            self._folder / "checkpoints", numels=[layout.numel for layout in self.held.layouts],
+            num_buffers=len(self.held.states[0].buffers), warn=lambda text: self.bus.emit(Warning(text)),
+        )
+        trusted = run_source.matches_start(self.run, self.held)
+        if saved is not None:
+            self.held.states = saved.states
+            trusted = [True] * len(trusted)
+            self._saved_stream = saved.stream
+            run_source.load_states(self.held, saved.states)
+        downloaded, alone = self.network.run(self._synchronise(trusted))
+        assert self.averager is not None
+        versions = ", ".join(str(state.version) for state in self.averager.states())
+        origin = f"downloaded {_count(downloaded, 'fragment')} from others" if downloaded else (
+            "from this peer's checkpoint" if saved is not None else "the run's start, drawn from its seed"
+        )
+        self._check("state", f"versions {versions}: {origin}" + (", alone" if alone else ""), began)
+
+    async def _synchronise(self, trusted: list[bool]) -> tuple[int, bool]:
+        held, network = self.held, self.network
+        assert held is not None
+        context = Context(
+            self.run, self.keypair, network.endpoint, network.directory, self._boundary, self.bus.emit
+        )
+        parameters = dict(held.model.named_parameters())
+        self.averager = Averager(context, held.layouts, held.states, parameters)
+        self.averager.trust(trusted)
+        downloaded = await self.averager.synchroniser.join()
+        return downloaded, not network.directory.alive()
+
+    def _load_data(self) -> None:
+        assert self.held is not None
+        train, _ = documents(self.run.data, cache=self.home.path / "cache")
+        tokens = tokenise(train, load_tokenizer(self.run))
+        self._stream = PackedStream(
+            tokens, sequence_length=self.run.train.sequence_length, seed=self.run.seed, reader=self.keypair.peer_id
+        )
+        if self._saved_stream:
+            with contextlib.suppress(SwarmError):  # another text than at the checkpoint: begin a new pass
+                self._stream.load_state(self._saved_stream)
+
+    # -- train ------------------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Begin to train (a rendezvous peer only begins to be there), and say how others can join."""
+        network = self.network
+        if self.averager is not None:
+            assert self.held is not None and self._stream is not None
+            inner = InnerOptimizer(
+                self.held.model, self.held.fragments, self.run, between=self._boundary.pass_by,
+                warn=lambda text: self.bus.emit(Warning(text)),
+            )
+            self.trainer = Trainer(self.run, inner, self._stream, self.averager, network, self._boundary)
+            network.run(self._start_averager())
+        self.bus.emit(Ready(
+            run_id=self.run.run_id, peer_id=network.peer_id, maddrs=network.maddrs, join=join_command(network.maddrs)
+        ))
+        if self.trainer is not None:
+            self.trainer.start()
+        stop = "stop with Ctrl+C (it finishes the round first)"
+        self._check("training", f'you are "{self.name}"; {stop}', time.monotonic())
+
+    async def _start_averager(self) -> None:
+        assert self.averager is not None
+        self.averager.start()
+        await self.network.directory.tell_all()
+
+    def finished(self) -> str | None:
+        """Why it is time to leave, or None. Raises what ended training, if something did."""
+        if self.trainer is not None and self.trainer.error is not None:
+            raise self.trainer.error
+        if not self.network.daemon_alive():
+            raise NetworkError(
+                "libp2p's daemon has ended", why="something killed p2pd", do="start again: the same command resumes"
+            )
+        tokens = self.swarm_tokens()
+        if self.config.until_tokens is not None and tokens >= self.config.until_tokens:
+            return f"the swarm has trained {tokens} tokens"
+        if self.trainer is not None and tokens >= self.run.train.total_tokens:
+            return f"the run is complete: {tokens} tokens"
+        return None
+
+    def swarm_tokens(self) -> int:
+        if self.averager is not None:
+            return self.averager.swarm_tokens()
+        alive = self.network.directory.alive().values()
+        return max((min(h.tokens for h in status.heads) for status in alive if status.heads), default=0)
+
+    def status(self) -> Status:
+        """What this peer tells the others."""
+        trainer, averager = self.trainer, self.averager
+        return Status(
+            run_id=self.run.run_id, name=self.name, role=self.config.role, maddrs=self.network.maddrs[:8],
+            heads=averager.heads() if averager else [], pending=averager.pending() if averager else [],
+            tokens=trainer.tokens if trainer else 0,
+            tokens_per_s=trainer.tokens_per_s if trainer and not self._leaving else 0.0,
+            loss=trainer.loss if trainer else None, leaving=self._leaving,
+        )
+
+    async def _background(self) -> None:
+        """Progress once a second, a checkpoint once a minute, the run config before it expires."""
+        loop = asyncio.get_running_loop()
+        published = written = loop.time()
+        while True:
+            await asyncio.sleep(PROGRESS_S)
+            self._emit_progress()
+            if loop.time() - published > join.CONFIG_TTL_S / 3:
+                published = loop.time()
+                with contextlib.suppress(Exception):  # the next one comes soon, and others keep copies
+                    alive = list(self.network.directory.alive())
+                    await join.publish_run(self.network.dht, self.run, alive, self.network.peer_id)
+            if loop.time() - written > CHECKPOINT_S and not self._leaving:
+                written = loop.time()
+                await asyncio.to_thread(self.write_checkpoint)
+
+    def _emit_progress(self) -> None:
+        trainer, averager, endpoint = self.trainer, self.averager, self.network.endpoint
+        others = self.network.directory.alive().values()
+        known = [status.loss for status in others if status.loss is not None]
+        loss = trainer.loss if trainer and trainer.loss is not None else (sum(known) / len(known) if known else None)
+        if loss is None:
+            return
+        self.bus.emit(Progress(
+            tokens=trainer.tokens if trainer else 0, swarm_tokens=self.swarm_tokens(), loss=round(loss, 4),
+            tokens_per_s=round((trainer.tokens_per_s if trainer else 0.0) + sum(s.tokens_per_s for s in others), 1),
+            peers=len(others) + 1, versions=[s.version for s in averager.states()] if averager else [],
+            bytes_sent=endpoint.bytes_sent, bytes_received=endpoint.bytes_received,
+        ))
+
+    def write_checkpoint(self) -> None:
+        """Save the global state as it is now; a full disk is a warning, and training goes on."""
+        if self.averager is None or self.averager.swarm_tokens() == self._written_tokens:
+            return
+        states = self.averager.states()
+        try:
+            checkpoint.write(self._folder / "checkpoints", Checkpoint(states, self._stream.state() if self._stream else {}))
+            self._written_tokens = min(state.tokens for state in states)
+        except HomeError as error:
+            self.bus.emit(Warning(str(error)))
+
+    # -- leave ------------------------------------------------------------------------------------------------------
+
+    def leave(self) -> None:
+        """Finish: the contribution at hand goes into a round, state is handed over, a checkpoint is written."""
+        if self.trainer is not None:
+            self.trainer.stop()
+        self._leaving = True
+        if self.averager is not None:
+            self.averager.leaving = True
+            lost = self.network.run(self._settle())
+            if lost:
+                self.bus.emit(Warning(f"{lost} tokens of this peer did not get into a round within {SETTLE_S:.0f} s"))
+            self.write_checkpoint()
+        with contextlib.suppress(Exception):
+            self._emit_progress()
+
+    async def _settle(self) -> int:
+        """Returns the tokens that stay behind."""
+        averager, directory = self.averager, self.network.directory
+        assert averager is not None
+        await directory.tell_all()
+        await averager.settle(deadline_s=SETTLE_S)
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + HAND_OVER_S
+        while loop.time() < deadline:  # who owned a part of the last rounds stays until everybody has it
+            await asyncio.gather(*(directory.tell(peer_id) for peer_id in directory.alive()))
+            behind = [
+                peer_id for peer_id, status in directory.alive().items()
+                if any(theirs.tokens < ours.tokens for theirs, ours in zip(status.heads, averager.heads(), strict=False))
+            ]
+            if not behind:
+                break
+            await asyncio.sleep(0.3)
+        return max(averager.pending(), default=0)
+
+    def close(self) -> None:
+        """End everything, from any state; nothing is left behind. Safe to call twice."""
+        with self._closed:
+            if self.trainer is not None:
+                self.trainer.stop()
+            if self.averager is not None:
+                with contextlib.suppress(Exception):
+                    self.network.run(self.averager.stop(), timeout_s=10)
+                self.averager = None
+            self.network.stop()
+
+    def _check(self, name: str, text: str, began: float) -> None:
+        self.bus.emit(Check(name, text, round(time.monotonic() - began, 1)))
+
+    def _remember(self, maddrs: list[str]) -> None:
+        with contextlib.suppress(HomeError):  # a full disk: the address book is a convenience
+            self.home.remember(maddrs)
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+

@@ -1,0 +1,93 @@
+"""Which run: started here, found in the swarm, or resumed from the home folder. And what of it this peer holds."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from swarm.averaging import outer
+from swarm.averaging.global_state import GlobalState, initial_state
+from swarm.averaging.layout import Layout, layout_of
+from swarm.config import RunConfig, canonical_json, load_run, run_from_json
+from swarm.errors import ConfigError, SwarmError
+from swarm.host.home import Home, atomic_write
+from swarm.host.presets import preset_path
+from swarm.model.build import build_model, resolve
+from swarm.model.fragments import FragmentSpec, cut
+
+DEMO = "runs/demo.yaml"
+
+
+@dataclass
+class Held:
+    """The model as this peer holds it: whole for now, cut into fragments all the same."""
+
+    model: PreTrainedModel
+    fragments: tuple[FragmentSpec, ...]
+    layouts: list[Layout]
+    states: list[GlobalState]
+    """of each fragment at version 0, as this machine draws or reads them"""
+
+
+def hold(run: RunConfig, *, weights_from: str | None = None) -> Held:
+    """Build the run's model and cut it. `weights_from`: folder whose weights are the start."""
+    model = build_model(run, weights_from=weights_from)
+    fragments = cut(model, run.fragments)
+    layouts = [layout_of(fragment) for fragment in fragments]
+    parameters = dict(model.named_parameters())
+    num_buffers = outer.num_buffers(run)
+    states = [initial_state(i, layout.flatten(parameters), num_buffers) for i, layout in enumerate(layouts)]
+    return Held(model, fragments, layouts, states)
+
+
+def load_states(held: Held, states: list[GlobalState]) -> None:
+    """Set the model's weights to these global states."""
+    parameters = dict(held.model.named_parameters())
+    with torch.no_grad():
+        for layout, state in zip(held.layouts, states, strict=True):
+            for name, values in layout.views(state.weights):
+                parameters[name].copy_(values)
+
+
+def new_run(file: str | None) -> tuple[RunConfig, Held]:
+    """A run config made complete for publication, its start included, and the model. Raises ConfigError."""
+    draft = load_run(file if file is not None else preset_path(DEMO))
+    run = resolve(draft)
+    folder = draft.model.source if run.model.source is None else None
+    held = hold(run, weights_from=folder)
+    return dataclasses.replace(run, initial_digests=[state.digest for state in held.states]), held
+
+
+def matches_start(run: RunConfig, held: Held) -> list[bool]:
+    """For each fragment: is what this machine drew the start that the run config names?"""
+    if not run.initial_digests:
+        return [True] * len(held.states)
+    return [state.digest == digest for state, digest in zip(held.states, run.initial_digests, strict=True)]
+
+
+def remember(run: RunConfig, home: Home) -> Path:
+    """Keep the run in the home folder, to be resumed by a start without arguments. Returns the run's folder."""
+    folder = home.run_folder(run.run_id)
+    atomic_write(folder / "run.json", canonical_json(run))
+    home.remember_run(run.run_id)
+    return folder
+
+
+def remembered(home: Home, run_id: str | None = None) -> RunConfig:
+    """The run of the last start in this home folder (or `run_id`). Raises SwarmError where there is none."""
+    run_id = run_id or home.last_run_id
+    if run_id is None:
+        raise ConfigError(
+            f"there is no run to resume in {home.path}",
+            why="neither --new-swarm nor --initial-peers was given",
+            do="start one with --new-swarm, or join one with --initial-peers and the address a friend sent you",
+        )
+    file = home.run_folder(run_id) / "run.json"
+    try:
+        return run_from_json(file.read_bytes(), run_id=run_id)
+    except OSError as error:
+        raise SwarmError(f"cannot read {file}", why=str(error), do="join again with --initial-peers") from None

@@ -1,0 +1,112 @@
+"""The training thread: draw data, take an inner step, let averaging at the weights, again.
+
+It never waits for a round (I3). Only a `sync` run does, because there a round is part of every step.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+
+import torch
+
+from swarm.averaging.averager import Averager
+from swarm.averaging.outer import learning_rate
+from swarm.config import RunConfig
+from swarm.data.stream import PackedStream
+from swarm.network.network import Network
+from swarm.train.boundary import Boundary
+from swarm.train.inner import InnerOptimizer
+
+SPEED_WINDOW_S = 20.0
+RECENT_STEPS = 50
+SYNC_POLL_S = 0.05
+
+
+class Trainer:
+    def __init__(
+        self, run: RunConfig, inner: InnerOptimizer, stream: PackedStream, averager: Averager, network: Network,
+        boundary: Boundary,
+    ) -> None:
+        self.tokens = 0
+        """trained since this peer started"""
+        self.error: BaseException | None = None
+        self.on_step: Callable[[float, int], None] = lambda loss, tokens: None
+        """called after each inner step with its loss and tokens, on the training thread"""
+        self._run, self._inner, self._stream = run, inner, stream
+        self._averager, self._network, self._boundary = averager, network, boundary
+        self._losses: deque[float] = deque(maxlen=RECENT_STEPS)
+        self._times: deque[tuple[float, int]] = deque([(time.monotonic(), 0)])
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._train, name="training", daemon=True)
+
+    def start(self) -> None:
+        self._boundary.open()
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Ends after the inner step at hand; returns once it has."""
+        self._stop.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    @property
+    def loss(self) -> float | None:
+        """Mean of the recent inner steps, nats a token."""
+        losses = list(self._losses)
+        return sum(losses) / len(losses) if losses else None
+
+    @property
+    def tokens_per_s(self) -> float:
+        (began, before), (now, tokens) = self._times[0], self._times[-1]
+        return (tokens - before) / (now - began) if now > began else 0.0
+
+    def _train(self) -> None:
+        try:
+            while not self._stop.is_set():
+                self._boundary.pass_by()
+                self._inner_step()
+        except BaseException as error:
+            self.error = error
+        finally:
+            self._boundary.close()
+
+    def _inner_step(self) -> None:
+        batch = self._stream.next_batch(self._run.train.batch_sequences)
+        tokens = batch.numel()
+        loss = self._inner.gradients(batch)
+        if self._run.averaging.mode == "sync":
+            self._inner.clip()
+            gradients = {name: p.grad for name, p in self._inner.parameters.items() if p.grad is not None}
+            self._averager.trained(tokens, gradients)
+        else:
+            self._inner.step(learning_rate(self._run, self._averager.estimated_tokens()))
+            self._averager.trained(tokens)
+        self.tokens += tokens
+        self._losses.append(loss)
+        self._measure()
+        self.on_step(loss, tokens)
+        if self._run.averaging.mode == "sync":
+            self._wait_for_round()
+
+    def _wait_for_round(self) -> None:
+        """`sync`: the next step starts from the weights that this one leads to. A round that does not come within
+        `max_round_s` is not waited for: the gradient stays on the books and goes into a later one."""
+        self._network.submit(self._averager.announce())
+        deadline = time.monotonic() + self._run.averaging.max_round_s
+        while any(self._averager.pending()) and not self._stop.is_set() and time.monotonic() < deadline:
+            self._boundary.pass_by(wait_s=SYNC_POLL_S)
+
+    def _measure(self) -> None:
+        now = time.monotonic()
+        self._times.append((now, self.tokens))
+        while len(self._times) > 2 and now - self._times[0][0] > SPEED_WINDOW_S:
+            self._times.popleft()
+        self._averager.tokens_per_s = self.tokens_per_s
+
+
+def limit_threads(threads: int) -> None:
+    if threads > 0:
+        torch.set_num_threads(threads)
