@@ -154,7 +154,7 @@ def canonical_json(run: RunConfig) -> bytes:
     """
     try:
         document = dataclasses.asdict(run)
-        json.dumps(document, ensure_ascii=False).encode()  # half a surrogate pair is no text, though ASCII can spell it
+        json.dumps(document, ensure_ascii=False).encode()  # half a surrogate pair is no text, though ASCII spells it
         return json.dumps(document, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
     except (TypeError, ValueError, RecursionError) as error:
         raise ConfigError(

@@ -247,7 +247,7 @@ class Averager:
         for fragment, head, pending in zip(self._fragments, status.heads, status.pending, strict=True):
             fragment.progress.heard(
                 peer_id, version=head.version, digest=head.digest, pending=pending,
-                tokens_per_s=status.tokens_per_s, leaving=status.leaving, now=now,
+                tokens_per_s=0.0 if self._sync_mode else status.tokens_per_s, leaving=status.leaving, now=now,
             )
             if self._is_ahead(fragment, head) and not fragment.following:
                 fragment.following = True

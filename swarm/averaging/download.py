@@ -116,7 +116,7 @@ async def _manifest(
                 max_answer=total * HASH_BYTES, maddrs=maddrs(donor),
             )
             version, tokens = header.get("version"), header.get("tokens")
-            if not (isinstance(version, int) and isinstance(tokens, int) and version >= 0 and tokens >= 0):
+            if not (type(version) is int and type(tokens) is int and version >= 0 and tokens >= 0):  # True is an int
                 raise BadMessage("a manifest without version and tokens")
             if len(hashes) != total * HASH_BYTES or max(version, tokens) >= 2**63:
                 raise BadMessage("a manifest of another shape than the run config's")

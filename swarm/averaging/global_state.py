@@ -43,11 +43,11 @@ class GlobalState:
         return num_chunks(self.weights.numel(), len(self.buffers))
 
     def chunk(self, index: int) -> memoryview:
-        """Bytes of one chunk; chunks run through weights first, then each buffer, and never cross from one to the next."""
+        """Bytes of one chunk; chunks run through weights, then each buffer, and never cross from one to the next."""
         per_tensor = _chunks_of(self.weights.numel())
         tensor = (self.weights, *self.buffers)[index // per_tensor]
         start = index % per_tensor * CHUNK_BYTES
-        return memoryview(tensor.numpy()).cast("B")[start:start + CHUNK_BYTES]
+        return tensor.numpy().data.cast("B")[start:start + CHUNK_BYTES]
 
 
 def initial_state(fragment: int, weights: torch.Tensor, num_buffers: int) -> GlobalState:

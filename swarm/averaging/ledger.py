@@ -46,7 +46,7 @@ class Drift:
         with torch.no_grad():
             for name, values in self._layout.views(change):
                 parameter = self._parameters[name]
-                parameter += values.to(parameter.device, parameter.dtype)
+                parameter.add_(values.to(parameter.device, parameter.dtype))
 
 
 class Gradients:
@@ -156,19 +156,23 @@ class Ledger:
         self._feedback = applied.feedback_before
         self.state, self._applied = applied.before, None
 
-    def adopt(self, state: GlobalState, *, absorbed: list[str]) -> None:
-        """Jump to a downloaded state, keeping the drift. `absorbed`: own openings known to be in its history."""
+    def adopt(self, state: GlobalState, *, absorbed: list[str], abandoned: str | None = None) -> None:
+        """Jump to a downloaded state, keeping the drift. `absorbed`: own openings known to be in its history;
+        `abandoned`: digest of a version known not to be, so that what its commit absorbed here is drift again."""
+        if self._applied is not None and self.state.digest == abandoned:
+            self.take_back()
+        already = self._applied.contribution if self._applied else None
         self._work.move(self.state.weights, state.weights)
         for opening_id in absorbed:
             contribution = self._contributions.pop(opening_id, None)
-            if contribution is not None:
+            if contribution is not None and contribution is not already:
                 self._work.absorb(contribution.values, contribution.tokens)
                 self.pending_tokens -= contribution.tokens
+                if contribution.lost is not None:
+                    self._feedback = contribution.lost
         self._contributions.clear()
         self.state, self._applied = state, None
-        self._feedback = torch.zeros_like(state.weights)
 
     def outstanding(self) -> dict[str, int]:
-        """Openings that this peer contributed to and whose fate it does not know: id -> version."""
-        applied_version = self.state.version
-        return {key: c.version for key, c in self._contributions.items() if c.version > applied_version}
+        """Openings that this peer contributed to and that may be in another history than its own: id -> version."""
+        return {key: contribution.version for key, contribution in self._contributions.items()}

@@ -38,7 +38,7 @@ def num_buffers(run: RunConfig) -> int:
 
 
 def learning_rate(run: RunConfig, swarm_tokens: int) -> float:
-    """Linear warm-up, then a cosine to a fraction, by tokens of the whole swarm: joining and leaving change nothing."""
+    """Linear warm-up, then a cosine to a fraction, by tokens of the whole swarm: who joins or leaves is no matter."""
     train = run.train
     if swarm_tokens < train.warmup_tokens:
         return train.learning_rate * (swarm_tokens + 1) / (train.warmup_tokens + 1)

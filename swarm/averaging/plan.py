@@ -29,7 +29,7 @@ def target_tokens(tokens_per_round: int, num_fragments: int, *, fragment: int, v
 
 
 def split(num_blocks: int, owners: Sequence[str]) -> list[tuple[int, int, str]]:
-    """Parts (first block, end block, owner): equal runs of blocks, one an owner; owners in excess of blocks get none."""
+    """Parts (first block, end block, owner): equal runs of blocks, one each; owners in excess of blocks get none."""
     owners = sorted(owners)[:num_blocks]
     edges = [num_blocks * i // len(owners) for i in range(len(owners) + 1)]
     return [(edges[i], edges[i + 1], owner) for i, owner in enumerate(owners)]

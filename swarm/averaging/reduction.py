@@ -13,6 +13,7 @@ from collections.abc import Mapping
 import torch
 
 from swarm.averaging import codec, plan
+from swarm.averaging.layout import BLOCK
 
 NORM_LIMIT = 4.0
 """times the median norm per square root of tokens; honest peers differ by less, a sign flip times 1000 does not"""
@@ -47,4 +48,4 @@ def reduce_part(
     """
     wanted = combine(contributions, tokens) + feedback
     data = codec.encode(wanted, num_fine, bits)
-    return data, wanted - codec.decode(data, wanted.numel() // codec.BLOCK, num_fine, bits)
+    return data, wanted - codec.decode(data, wanted.numel() // BLOCK, num_fine, bits)

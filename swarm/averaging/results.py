@@ -1,4 +1,4 @@
-"""Result bytes of recent rounds, by hash, and the commits that name them: what a peer needs to catch up a few rounds."""
+"""Results of recent rounds, by hash, and the commits that name them: with them a peer catches up a few rounds."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class History:
 
     def since(self, version: int, *, limit: int) -> list[Commit]:
         """Commits that lead on from `version`, without a gap; empty where the next one is no longer kept."""
-        commits = []
+        commits: list[Commit] = []
         while (commit := self._commits.get(version + 1)) is not None and len(commits) < limit:
             commits.append(commit)
             version += 1
@@ -66,3 +66,4 @@ class History:
     def forget(self) -> None:
         """After a jump to a downloaded state: what came before may not lead here."""
         self._commits.clear()
+        self._digests.clear()

@@ -28,7 +28,7 @@ import torch
 from swarm.averaging import codec, plan
 from swarm.averaging.apply import Applier
 from swarm.averaging.context import Context
-from swarm.averaging.layout import Layout
+from swarm.averaging.layout import BLOCK, Layout
 from swarm.averaging.messages import Commit, Contributor, Opening, Part, PartResult, make_commit, result_message
 from swarm.averaging.reduction import reduce_part
 from swarm.errors import BadMessage, NetworkError, PeerRefused
@@ -123,7 +123,7 @@ class FragmentRounds:
         )
 
     async def _attempt(self, opening: Opening) -> tuple[Commit | None, set[str]]:
-        """(commit, peers to try again without). Neither: another opener was there first, or there is nothing to add."""
+        """(commit, peers to try again without). Neither: another opener was first, or there is nothing to add."""
         clock = asyncio.get_running_loop().time
         began = clock()
         owners = {opening.owner(part) for part in opening.parts}
@@ -178,7 +178,7 @@ class FragmentRounds:
                         failed.add(peer_id)
                         continue
                     tokens, undelivered = answer.get("tokens"), answer.get("undelivered")
-                    if not isinstance(tokens, int) or not isinstance(undelivered, list):
+                    if type(tokens) is not int or not isinstance(undelivered, list):  # True is an int
                         failed.add(peer_id)
                     elif undelivered:
                         failed |= {other for other in undelivered if other in opening.members and other != me}
@@ -262,7 +262,7 @@ class FragmentRounds:
     def _encode(self, opening: Opening, offered: torch.Tensor) -> tuple[list[bytes], torch.Tensor]:
         encoded, said = [], []
         for part in opening.parts:
-            values = offered[part.start * codec.BLOCK:part.end * codec.BLOCK]
+            values = offered[part.start * BLOCK:part.end * BLOCK]
             fine = self._layout.fine_in(part.start, part.end)
             data = codec.encode(values, fine, self._bits)
             encoded.append(data)
@@ -316,7 +316,7 @@ class FragmentRounds:
             raise PeerRefused("a contribution is missing here, or its tokens differ")
         part = self._my_part(opening)
         span = (part.start, part.end)
-        feedback = self._feedback.get(span, torch.zeros((part.end - part.start) * codec.BLOCK))
+        feedback = self._feedback.get(span, torch.zeros((part.end - part.start) * BLOCK))
         data, gathered.new_feedback = await asyncio.to_thread(
             reduce_part, {peer_id: gathered.received[peer_id][1] for peer_id in tokens}, tokens, feedback,
             num_fine=self._layout.fine_in(*span), bits=self._bits,
@@ -334,7 +334,8 @@ class FragmentRounds:
     # -- everybody --------------------------------------------------------------------------------------------------
 
     def settled(self, commit: Commit) -> None:
-        """A commit was applied: end a round that it has overtaken, charge the owner's feedback, and let the openings of its version go."""
+        """A commit was applied: end a round that it has overtaken, charge the owner's feedback, drop the openings of its
+        version go."""
         self._give_way(commit.opening.id)
         gathered = self._gathered.get(commit.opening.id)
         if gathered is not None and gathered.new_feedback is not None:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from swarm.averaging.apply import Applier
 from swarm.averaging.context import Context
 from swarm.averaging.download import Wanted, download
-from swarm.errors import NetworkError, PeerRefused, StateError
+from swarm.errors import NetworkError, StateError
 from swarm.events import Warning
 from swarm.network.records import Head
 
@@ -67,8 +67,8 @@ class Synchroniser:
                 problem = error
                 await asyncio.sleep(0.5)
                 continue
-            absorbed = await self._absorbed(index, donors)
-            await applier.adopt(state, absorbed=absorbed)
+            absorbed, abandoned = await self._fates(index, donors)
+            await applier.adopt(state, absorbed=absorbed, abandoned=abandoned)
             return
         assert problem is not None
         raise problem
@@ -111,17 +111,23 @@ class Synchroniser:
             return False
         return answer.get("known") is True
 
-    async def _absorbed(self, index: int, donors: list[str]) -> list[str]:
-        """Own openings that are in the history of the state that was downloaded (their fate was unknown here)."""
+    async def _fates(self, index: int, donors: list[str]) -> tuple[list[str], str | None]:
+        """What the donors' history says of this peer's last contributions: (own openings that are in it, digest of the
+        own newest version where another commit took its place)."""
         applier = self._appliers[index]
-        outstanding = applier.ledger.outstanding()
-        if not outstanding:
-            return []
+        ledger, me = applier.ledger, self._context.keypair.peer_id
+        version, digest, outstanding = ledger.state.version, ledger.state.digest, ledger.outstanding()
+        mine = applier.history.commit(version)
+        if mine is None and not outstanding:
+            return [], None
         for donor in donors:
             try:
-                commits = await applier.commits_of(donor, since=min(outstanding.values()) - 1)
-            except (NetworkError, PeerRefused):
+                commits = await applier.commits_of(donor, since=max(0, version - 1))
+            except NetworkError:
                 continue
-            me = self._context.keypair.peer_id
-            return [c.opening.id for c in commits if c.opening.id in outstanding and c.includes(me)]
-        return []
+            if commits:  # none: it keeps no commits that old
+                absorbed = [c.opening.id for c in commits if c.opening.id in outstanding and c.includes(me)]
+                first = commits[0]
+                replaced = mine is not None and first.opening.version == version and first.hash != mine.hash
+                return absorbed, digest if replaced else None
+        return [], None

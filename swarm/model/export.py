@@ -27,7 +27,7 @@ def export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: P
     Raises ConfigError where `folder` holds anything but an earlier export, HomeError where it cannot be written.
     """
     folder = folder.expanduser().resolve()
-    _check_replaceable(folder)
+    check_replaceable(folder)
     fresh, old = (folder.parent / f".{folder.name}.{word}-{os.getpid()}" for word in ("new", "old"))
     try:
         _remove(fresh)
@@ -54,7 +54,8 @@ def export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: P
     _remove(old)
 
 
-def _check_replaceable(folder: Path) -> None:
+def check_replaceable(folder: Path) -> None:
+    """Raises ConfigError where `folder` holds anything but an earlier export. Worth asking before a long download."""
     if not folder.exists():
         return
     what, do = f"{folder} is not an earlier export: not overwritten", "choose another folder, or empty this one first"

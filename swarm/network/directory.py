@@ -28,8 +28,15 @@ HEARTBEAT_S = 1.0
 ALIVE_S = 6.0
 """silent for longer than this: not counted on for a round"""
 FORGET_S = 120.0
+"""silent for longer than this: forgotten, but for the `REMEMBERED` last heard, so that a peer whose own connection was
+cut finds back to the others"""
+REMEMBERED = 32
+RETRY_S = 30.0
+"""the silent are tried ever less often, at least this often"""
 DHT_TTL_S = 60.0
 MAX_PEERS = 1000
+MAX_HEARSAY = 200
+"""peers that others have told of and that have not spoken to us: anybody can make up any number of those"""
 MAX_HEARTBEATS = 32
 """peers told in one beat; in a larger swarm each beat takes others at random"""
 MAX_GOSSIP = 8
@@ -51,11 +58,15 @@ class Beat(Strict):
 
 @dataclass
 class Known:
-    """What is known of one other peer. `heard_at`: on the loop's clock, of its last word to us."""
+    """What is known of one other peer; times on the loop's clock."""
 
     maddrs: list[str]
+    since: float
+    """when we were told of it or, later, last heard it"""
     status: Status | None = None
+    """its last word to us; None: it has not spoken yet"""
     heard_at: float = float("-inf")
+    """of its last word, or never where the link has ended since"""
     tried_at: float = float("-inf")
 
 
@@ -70,6 +81,7 @@ class Directory:
         self._beating: set[asyncio.Task[None]] = set()
         self.on_status: Callable[[str, Status], None] = lambda peer_id, status: None
         self.on_new_address: Callable[[list[str]], None] = lambda maddrs: None
+        """of a peer that has spoken to us"""
         endpoint.on("status", self._on_status)
         endpoint.on_link_closed = self._on_link_closed
 
@@ -89,13 +101,15 @@ class Directory:
         return self._known[peer_id].maddrs if peer_id in self._known else []
 
     def meet(self, peer_id: str, maddrs: list[str]) -> None:
-        """Learn of a peer; it is asked for its status at the next beat."""
-        if peer_id == self._endpoint.peer_id or (peer_id not in self._known and len(self._known) >= MAX_PEERS):
+        """Learn of a peer from others; it is asked for its status at the next beat."""
+        known = self._known.get(peer_id)
+        if known is not None:
+            if maddrs and peer_id not in self.alive():  # what it says of itself is better than what others say
+                known.maddrs = maddrs
             return
-        known = self._known.setdefault(peer_id, Known([]))
-        if maddrs and maddrs != known.maddrs:
-            known.maddrs = maddrs
-            self.on_new_address(maddrs)
+        hearsay = sum(other.status is None for other in self._known.values())
+        if peer_id != self._endpoint.peer_id and len(self._known) < MAX_PEERS and hearsay < MAX_HEARSAY:
+            self._known[peer_id] = Known(maddrs, since=asyncio.get_running_loop().time())
 
     def known(self) -> list[str]:
         """Everybody this peer has an address or a word of, alive or not."""
@@ -141,15 +155,29 @@ class Directory:
     def _hear(self, peer_id: str, beat: Beat) -> None:
         if beat.status.run_id != self._run_id:
             return
-        if beat.status.role != "observer":
-            self.meet(peer_id, beat.status.maddrs)
-            if peer_id in self._known:
-                known = self._known[peer_id]
-                known.status, known.heard_at = beat.status, asyncio.get_running_loop().time()
-                self.on_status(peer_id, beat.status)
+        now = asyncio.get_running_loop().time()
+        if beat.status.role == "observer":
+            self._known.pop(peer_id, None)
+        elif peer_id != self._endpoint.peer_id and self._has_room_for(peer_id):
+            known = self._known.setdefault(peer_id, Known([], since=now))
+            new_address = bool(beat.status.maddrs) and (known.status is None or known.maddrs != beat.status.maddrs)
+            known.status, known.since, known.heard_at = beat.status, now, now
+            if new_address:
+                known.maddrs = beat.status.maddrs
+                self.on_new_address(known.maddrs)
+            self.on_status(peer_id, beat.status)
         for contact in beat.contacts:
-            if contact.peer_id not in self._known:
-                self.meet(contact.peer_id, contact.maddrs)
+            self.meet(contact.peer_id, contact.maddrs)
+
+    def _has_room_for(self, peer_id: str) -> bool:
+        """Who speaks takes the place of one that we have only heard of, or of the one that is silent for longest."""
+        if peer_id in self._known or len(self._known) < MAX_PEERS:
+            return True
+        oldest = min(self._known, key=lambda other: (self._known[other].status is not None, self._known[other].since))
+        if oldest in self.alive():
+            return False
+        del self._known[oldest]
+        return True
 
     def _on_link_closed(self, peer_id: str) -> None:
         """The connection ended: most likely the process did. Do not count on it until it speaks again."""
@@ -157,24 +185,35 @@ class Directory:
             self._known[peer_id].heard_at = float("-inf")
 
     async def _beat_forever(self) -> None:
-        loop = asyncio.get_running_loop()
         while True:
-            now = loop.time()
-            alive = self.alive()
-            due = [
-                peer_id for peer_id, known in self._known.items()
-                if now - max(known.tried_at, known.heard_at) >= (HEARTBEAT_S if peer_id in alive else 3 * HEARTBEAT_S)
-            ]
+            self._forget()
+            due = self._due()
             for peer_id in self._rng.sample(due, min(len(due), MAX_HEARTBEATS)):
-                self._known[peer_id].tried_at = now
+                self._known[peer_id].tried_at = asyncio.get_running_loop().time()
                 task = asyncio.create_task(self.tell(peer_id))
                 self._beating.add(task)
                 task.add_done_callback(self._beating.discard)
-            for peer_id, known in list(self._known.items()):
-                known_for = now - max(known.heard_at, 0.0)
-                if known.heard_at > 0 and known_for > FORGET_S:
-                    del self._known[peer_id]
             await asyncio.sleep(HEARTBEAT_S * self._rng.uniform(0.4, 0.6))
+
+    def _due(self) -> list[str]:
+        """Who is to be told in this beat."""
+        now, alive = asyncio.get_running_loop().time(), self.alive()
+
+        def pause_s(peer_id: str, known: Known) -> float:
+            return HEARTBEAT_S if peer_id in alive else min(max(3 * HEARTBEAT_S, (now - known.since) / 4), RETRY_S)
+
+        return [
+            peer_id for peer_id, known in self._known.items()
+            if now - max(known.tried_at, known.heard_at) >= pause_s(peer_id, known)
+        ]
+
+    def _forget(self) -> None:
+        now = asyncio.get_running_loop().time()
+        spoken = [peer_id for peer_id, known in self._known.items() if known.status is not None]
+        kept = set(sorted(spoken, key=lambda peer_id: -self._known[peer_id].since)[:REMEMBERED])
+        for peer_id, known in list(self._known.items()):
+            if now - known.since > FORGET_S and peer_id not in kept:
+                del self._known[peer_id]
 
     async def _dht_forever(self) -> None:
         while True:
@@ -193,6 +232,7 @@ class Directory:
         await self._dht.publish(f"{self._run_id}/peers", text, ttl_s=DHT_TTL_S)
 
     async def stop(self) -> None:
-        for task in [*self._tasks, *self._beating]:
+        tasks = [*self._tasks, *self._beating]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, *self._beating, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)

@@ -16,7 +16,7 @@ from typing import Any
 
 from hivemind.p2p import PeerID
 
-from swarm.errors import NetworkError, PeerGone, PeerRefused
+from swarm.errors import PeerGone, PeerRefused
 from swarm.network.daemon import Daemon
 from swarm.network.link import Answer, Budget, Handler, Link, Method
 from swarm.network.maddr import without_peer_id

@@ -3,8 +3,8 @@
 The side behind a router dials; after that the direction makes no difference, so peers without incoming connections
 take full part. Every read and write has a deadline: a peer that stops taking our bytes for `STALL_S` is gone. When a
 link ends, all calls that wait on it fail with PeerGone at once - the death of a process is noticed in milliseconds,
-that of a frozen machine by the deadline of the call. What a peer can make us keep is bounded: requests in number, their
-bodies in bytes and time, and answers that it does not take by leaving them with their handlers.
+that of a frozen machine by the deadline of the call. What a peer can make us keep is bounded: requests in number,
+their bodies in bytes and time, and answers that it does not take by leaving them with their handlers.
 """
 
 from __future__ import annotations
@@ -250,8 +250,9 @@ class Link:
             task = asyncio.create_task(self._answer(call, request))
             self._answering[call] = task
 
-            def done(_: object, size: int = len(request.body)) -> None:  # a task cancelled early never runs a line
-                self._answering.pop(call, None)
+            def done(task: asyncio.Task[None], size: int = len(request.body)) -> None:
+                if self._answering.get(call) is task:  # here, because a task cancelled early never runs a line
+                    del self._answering[call]
                 self._budget.used -= size
 
             task.add_done_callback(done)
@@ -263,7 +264,7 @@ class Link:
             self._budget.used -= len(request.body)
         self._drop_queued(frames.ANSWER_BODY, call)
         if call in self._answering:
-            self._answering[call].cancel()
+            self._answering.pop(call).cancel()
 
     def _drop_queued(self, kind: int, call: int) -> None:
         kept = deque(item for item in self._bulk if item[:2] != (kind, call))

@@ -22,6 +22,8 @@ class Boundary:
     def __init__(self) -> None:
         self._queue: deque[tuple[Callable[[], Any], concurrent.futures.Future[Any]]] = deque()
         self._changed = threading.Condition()
+        self._running = threading.RLock()
+        """held while functions run, one at a time; apart from `_changed`, so that leaving one here takes no time"""
         self._training = False
 
     def __call__(self, function: Callable[[], T]) -> Awaitable[T]:
@@ -30,19 +32,23 @@ class Boundary:
         with self._changed:
             self._queue.append((function, future))
             self._changed.notify_all()
-            if not self._training:
-                self._run_queue()
+            training = self._training
+        if not training:
+            with self._running:  # training cannot begin in here
+                if not self._training:
+                    self._run_queue()
         return asyncio.wrap_future(future)
 
     def open(self) -> None:
         """The calling thread trains from now on, and promises to `pass_by` often."""
-        with self._changed:
+        with self._running, self._changed:
             self._training = True
 
     def close(self) -> None:
         """Training has ended; what is waiting, and all that comes, runs at once."""
-        with self._changed:
-            self._training = False
+        with self._running:
+            with self._changed:
+                self._training = False
             self._run_queue()
 
     def pass_by(self, *, wait_s: float = 0.0) -> None:
@@ -50,11 +56,15 @@ class Boundary:
         with self._changed:
             if not self._queue and wait_s:
                 self._changed.wait(wait_s)
+        with self._running:
             self._run_queue()
 
     def _run_queue(self) -> None:
-        while self._queue:
-            function, future = self._queue.popleft()
+        while True:
+            with self._changed:
+                if not self._queue:
+                    return
+                function, future = self._queue.popleft()
             if not future.set_running_or_notify_cancel():
                 continue
             try:

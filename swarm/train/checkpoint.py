@@ -2,7 +2,7 @@
 
     runs/RUN_ID/run.json                        the run config, canonical JSON
     runs/RUN_ID/checkpoints/000042/fragment-000.safetensors   weights, buffer-0...; fp32
-    runs/RUN_ID/checkpoints/000042/manifest.json              version, tokens, digest of each fragment; hash of each file
+    runs/RUN_ID/checkpoints/000042/manifest.json              version, tokens, digest of each fragment; hashes of files
 
 Written to a folder beside, synced, then renamed: there is never half a checkpoint under its name. The newest three are
 kept and the newest that verifies is loaded; a full disk costs the new checkpoint only. The state's digest is computed
@@ -42,11 +42,11 @@ class Checkpoint:
 
 def write(folder: Path, checkpoint: Checkpoint) -> Path:
     """Write a new checkpoint below `folder`; returns its path. Raises HomeError, with everything older intact."""
-    folder.mkdir(parents=True, exist_ok=True)
-    sequence = max((int(path.name) for path in _complete(folder)), default=0) + 1
+    sequence = max((int(path.name) for path in _all(folder)), default=0) + 1
     target, temporary = folder / f"{sequence:06d}", folder / f".{sequence:06d}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         temporary.mkdir()
         manifest: dict[str, Any] = {"fragments": [], "files": {}, "stream": checkpoint.stream}
         for state in checkpoint.states:
@@ -62,10 +62,11 @@ def write(folder: Path, checkpoint: Checkpoint) -> Path:
         os.rename(temporary, target)
         sync_folder(folder)
     except OSError as error:
-        raise HomeError(f"cannot write a checkpoint to {folder}", why=str(error), do="make room; training goes on") from None
+        what = f"cannot write a checkpoint to {folder}"
+        raise HomeError(what, why=str(error), do="make room; training goes on") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    for old in _complete(folder)[:-KEPT]:
+    for old in _all(folder)[:-KEPT]:
         shutil.rmtree(old, ignore_errors=True)
     return target
 
@@ -77,7 +78,7 @@ def load_newest(
 
     `numels`: length of each fragment's flat vector.
     """
-    for path in reversed(_complete(folder)):
+    for path in reversed(_all(folder)):
         try:
             return _load(path, numels, num_buffers)
         except (StateError, OSError) as error:
@@ -90,12 +91,13 @@ def _load(path: Path, numels: list[int], num_buffers: int) -> Checkpoint:
         text = file.read(MAX_MANIFEST_BYTES)
     try:
         manifest = json.loads(text)
-        entries, files = manifest["fragments"], manifest["files"]
+        entries, files = manifest["fragments"], dict(manifest["files"])
         heads = [(int(e["version"]), int(e["tokens"]), str(e["digest"])) for e in entries]
+        indices = [e["fragment"] for e in entries]
         stream = dict(manifest["stream"])
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise StateError(f"its manifest cannot be read ({error})") from None
-    if [e["fragment"] for e in entries] != list(range(len(numels))):
+    if indices != list(range(len(numels))):
         raise StateError("it does not hold the fragments of this run")
     states = []
     for index, (version, tokens, digest) in enumerate(heads):
@@ -108,15 +110,16 @@ def _load(path: Path, numels: list[int], num_buffers: int) -> Checkpoint:
             names = ["weights", *(f"buffer-{i}" for i in range(num_buffers))]
             if all(key in tensors and tuple(tensors[key].shape) == (numels[index],) for key in names):
                 state = GlobalState(index, version, tokens, tensors["weights"], tuple(tensors[k] for k in names[1:]))
-                if version >= 0 and tokens >= 0 and state.digest == digest:
+                if 0 <= min(version, tokens) and max(version, tokens) < 2**63 and state.digest == digest:
                     states.append(state)
                     continue
         raise StateError(f"{name} does not hold the state that the manifest names")
     return Checkpoint(states, stream)
 
 
-def _complete(folder: Path) -> list[Path]:
-    """Finished checkpoints, oldest first."""
+def _all(folder: Path) -> list[Path]:
+    """Checkpoints, oldest first: whole when they were renamed, whatever may have happened to them since."""
     if not folder.is_dir():
         return []
-    return sorted(path for path in folder.iterdir() if path.name.isdigit() and (path / MANIFEST).is_file())
+    numbered = (path for path in folder.iterdir() if path.name.isascii() and path.name.isdigit() and path.is_dir())
+    return sorted(numbered, key=lambda path: int(path.name))

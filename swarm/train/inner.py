@@ -70,7 +70,7 @@ class InnerOptimizer:
     def _gradients(self, batch: torch.Tensor) -> float:
         self._adamw.zero_grad(set_to_none=True)
         total = 0.0
-        for piece in batch.split(self._microbatch):
+        for piece in torch.split(batch, self._microbatch):
             self._between()
             piece = piece.to(self._model.device)
             share = len(piece) / len(batch)

@@ -60,6 +60,8 @@ class Participant:
         self.held: Held | None = None
         self.averager: Averager | None = None
         self.trainer: Trainer | None = None
+        self.on_step: Callable[[float, int], None] = lambda loss, tokens: None
+        """called after each inner step with its loss and tokens, on the training thread"""
         self._on_run = on_run
         self._boundary = Boundary()
         self._stream: PackedStream | None = None
@@ -213,23 +215,32 @@ class Participant:
     # -- train ------------------------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Begin to train (a rendezvous peer only begins to be there), and say how others can join."""
+        """Take part in the swarm and begin to train (a rendezvous peer only takes part)."""
+        self.take_part()
+        self.train()
+
+    def take_part(self) -> None:
+        """From now on this peer answers others and opens rounds; says how others can join."""
         network = self.network
+        if self.averager is not None:
+            network.run(self._start_averager())
+        self.bus.emit(Ready(
+            run_id=self.run.run_id, peer_id=network.peer_id, maddrs=network.maddrs, join=join_command(network.maddrs)
+        ))
+
+    def train(self) -> None:
+        began = time.monotonic()
         if self.averager is not None:
             assert self.held is not None and self._stream is not None
             inner = InnerOptimizer(
                 self.held.model, self.held.fragments, self.run, between=self._boundary.pass_by,
                 warn=lambda text: self.bus.emit(Warning(text)),
             )
-            self.trainer = Trainer(self.run, inner, self._stream, self.averager, network, self._boundary)
-            network.run(self._start_averager())
-        self.bus.emit(Ready(
-            run_id=self.run.run_id, peer_id=network.peer_id, maddrs=network.maddrs, join=join_command(network.maddrs)
-        ))
-        if self.trainer is not None:
+            self.trainer = Trainer(self.run, inner, self._stream, self.averager, self.network, self._boundary)
+            self.trainer.on_step = self.on_step
             self.trainer.start()
         stop = "stop with Ctrl+C (it finishes the round first)"
-        self._check("training", f'you are "{self.name}"; {stop}', time.monotonic())
+        self._check("training", f'you are "{self.name}"; {stop}', began)
 
     async def _start_averager(self) -> None:
         assert self.averager is not None

@@ -1,0 +1,91 @@
+"""Small runs and real peers for the tests in this folder."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import yaml
+
+from swarm.config import PeerConfig
+from swarm.events import Bus, Event
+from swarm.host.home import Home
+from swarm.train.participant import Participant
+
+TEXT = "The quick brown fox jumps over the lazy dog, and the dog does not mind at all. "
+
+
+def write_run(folder: Path, **changes: object) -> Path:
+    """A run of about 60,000 parameters on a small text; `changes` are top-level keys, merged one level deep."""
+    text = folder / "text.txt"
+    if not text.exists():
+        text.write_text("".join(f"{number}. {TEXT}\n" for number in range(3000)))
+    document: dict[str, object] = {
+        "name": "tiny",
+        "model": {"config": {
+            "model_type": "gptj", "n_layer": 2, "n_embd": 48, "n_head": 2, "rotary_dim": 8, "n_positions": 64,
+            "vocab_size": 257, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0,
+            "bos_token_id": 256, "eos_token_id": 256,
+        }},
+        "fragments": 2,
+        "data": {"files": [str(text)]},
+        "train": {"sequence_length": 32, "batch_sequences": 4, "total_tokens": 100_000_000, "learning_rate": 0.002},
+        "averaging": {"tokens_per_round": 4_000, "max_round_s": 20.0},
+    }
+    for key, value in changes.items():
+        old = document.get(key)
+        document[key] = {**old, **value} if isinstance(old, dict) and isinstance(value, dict) else value
+    file = folder / "run.yaml"
+    file.write_text(yaml.safe_dump(document))
+    return file
+
+
+def wait_until(condition: Callable[[], bool], *, timeout_s: float, what: str) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {timeout_s:.0f} s in vain for {what}"
+        time.sleep(0.05)
+
+
+class InProcessPeer:
+    """A whole peer (real p2pd, real sockets, real training) inside the test's process."""
+
+    def __init__(self, home: Path, **config: object) -> None:
+        self.events: list[Event] = []
+        bus = Bus()
+        bus.listen(self.events.append)
+        self.config = PeerConfig(
+            home=str(home), listen=["/ip4/127.0.0.1/tcp/0"], device="cpu", threads=1, **config,  # type: ignore[arg-type]
+        )
+        self.home = Home.open(home)
+        self.participant = Participant(self.config, self.home, bus)
+
+    @property
+    def maddrs(self) -> list[str]:
+        return self.participant.network.maddrs
+
+    def heads(self) -> list[tuple[int, str]]:
+        assert self.participant.averager is not None
+        return [(state.version, state.digest) for state in self.participant.averager.states()]
+
+    def close(self) -> None:
+        self.participant.close()
+        self.home.close()
+
+
+@contextlib.contextmanager
+def peers_in_process() -> Iterator[Callable[..., InProcessPeer]]:
+    """Makes peers and closes them all at the end."""
+    made: list[InProcessPeer] = []
+
+    def make(home: Path, **config: object) -> InProcessPeer:
+        made.append(InProcessPeer(home, **config))
+        return made[-1]
+
+    try:
+        yield make
+    finally:
+        for peer in made:
+            peer.close()

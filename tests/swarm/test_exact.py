@@ -1,0 +1,97 @@
+"""I6, exact when asked: a `sync` swarm gives the losses of one process that sees all its data."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from swarm.averaging.outer import learning_rate
+from swarm.config import RunConfig
+from swarm.data.sources import documents
+from swarm.data.stream import PackedStream, tokenise
+from swarm.data.tokenizer import load_tokenizer
+from swarm.model.build import build_model
+from tests.swarm.support import peers_in_process, wait_until, write_run
+
+STEPS = 12
+BATCH_TOKENS = 4 * 32
+
+
+def one_process(run: RunConfig, readers: list[str]) -> dict[str, list[float]]:
+    """Plain torch: one model, one AdamW, the mean gradient over all readers' batches."""
+    model = build_model(run)
+    train, _ = documents(run.data)
+    tokens = tokenise(train, load_tokenizer(run))
+    streams = {
+        reader: PackedStream(tokens, sequence_length=run.train.sequence_length, seed=run.seed, reader=reader)
+        for reader in readers
+    }
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [p for p in model.parameters() if p.dim() >= 2], "weight_decay": run.train.weight_decay},
+            {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0},
+        ],
+        betas=run.train.betas,
+    )
+    losses: dict[str, list[float]] = {reader: [] for reader in readers}
+    for step in range(STEPS):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(run, step * BATCH_TOKENS * len(readers))
+        optimizer.zero_grad()
+        for reader, stream in streams.items():
+            batch = stream.next_batch(run.train.batch_sequences)
+            loss = model(input_ids=batch, labels=batch).loss
+            (loss / len(readers)).backward()
+            losses[reader].append(float(loss.detach()))
+        optimizer.step()
+    return losses
+
+
+@pytest.mark.parametrize("num_peers", [3])
+def test_a_sync_swarm_equals_one_process(tmp_path: Path, num_peers: int) -> None:
+    torch.set_num_threads(1)
+    run_file = write_run(
+        tmp_path,
+        averaging={"mode": "sync", "bits": 32, "tokens_per_round": num_peers * BATCH_TOKENS, "max_round_s": 60.0},
+        train={"clip_norm": 0.0, "total_tokens": 10_000},
+    )
+    losses: dict[str, list[float]] = {}
+    with peers_in_process() as make:
+        peers = [make(tmp_path / "peer-0", new_swarm=True, run=str(run_file))]
+        peers[0].participant.join()
+        for number in range(1, num_peers):
+            peers.append(make(tmp_path / f"peer-{number}", initial_peers=peers[0].maddrs))
+            peers[-1].participant.join()
+        enough = threading.Event()
+        for peer in peers:
+            mine = losses.setdefault(peer.participant.network.peer_id, [])
+
+            def on_step(loss: float, tokens: int, mine: list[float] = mine) -> None:
+                mine.append(loss)
+                if min(map(len, losses.values())) >= STEPS:
+                    enough.set()
+
+            peer.participant.on_step = on_step
+            peer.participant.take_part()
+        wait_until(
+            lambda: all(
+                sum(bool(s.heads) for s in p.participant.network.directory.alive().values()) == num_peers - 1
+                for p in peers
+            ),
+            timeout_s=30, what="everybody to know everybody",
+        )
+        for peer in peers:
+            peer.participant.train()
+        assert enough.wait(120), f"steps done: { {key[-4:]: len(value) for key, value in losses.items()} }"
+        run = peers[0].participant.run
+        heads = [peer.heads() for peer in peers]
+    reference = one_process(run, list(losses))
+    assert heads[0][0][0] >= STEPS - 1
+    for reader, expected in reference.items():
+        assert losses[reader][:STEPS] == pytest.approx(expected, abs=1e-5), f"reader {reader[-4:]}"
+    first = [losses[reader][0] for reader in losses]
+    last = [losses[reader][STEPS - 1] for reader in losses]
+    assert max(last) < min(first) - 0.1, "the weights really changed"
