@@ -40,7 +40,9 @@ def run(options: argparse.Namespace) -> int:
 
     check_replaceable(options.out.expanduser().resolve())
     if options.initial_peers:
-        config, held, states = from_swarm(options.initial_peers, run_id=options.run_id, say=say)
+        config, held, states = from_swarm(
+            options.initial_peers, run_id=options.run_id, say=say, join_timeout_s=options.join_timeout_s
+        )
     else:
         config, held, states = from_home(options.home, run_id=options.run_id, say=say)
     result = write(config, held, states, options.out)
@@ -89,13 +91,13 @@ def from_home(
 
 
 def from_swarm(
-    initial_peers: list[str], *, run_id: str | None = None, say: Callable[[str], None]
+    initial_peers: list[str], *, run_id: str | None = None, say: Callable[[str], None], join_timeout_s: float = 20.0
 ) -> tuple[RunConfig, Held, list[GlobalState]]:
     """Every fragment at its newest attested version, from the peers that hold it. Raises SwarmError."""
     from swarm.observer import Observer
     from swarm.train import run_source
 
-    with Observer(initial_peers, run_id=run_id) as observer:
+    with Observer(initial_peers, run_id=run_id, join_timeout_s=join_timeout_s) as observer:
         held = run_source.hold(observer.run)
         observer.ask_everybody()
         states = []
@@ -175,6 +177,9 @@ def make_parser() -> argparse.ArgumentParser:
     source.add_argument("--home", type=Path, metavar="DIR", help="home folder of a peer, running or stopped")
     source.add_argument("--initial-peers", nargs="+", metavar="MADDR", help="peers of a live swarm: from the join line")
     parser.add_argument("--run-id", metavar="ID", help="which run, where there are several")
+    parser.add_argument(
+        "--join-timeout-s", type=float, default=20.0, metavar="S", help="give up after this long without an answer (20)"
+    )
     parser.add_argument("--evaluate", action="store_true", help="reload it and show held-out loss and a text sample")
     parser.add_argument("--prompt", default="The ", metavar="TEXT", help="what the sample goes on from")
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")

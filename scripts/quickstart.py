@@ -60,6 +60,7 @@ def quickstart(options: argparse.Namespace) -> int:
                 print(f"\nthe quickstart failed: {failure}", file=sys.stderr)
                 print("try again; if it fails again, please report the lines above", file=sys.stderr)
                 return 1
+        clock.say("exporting the model and trying it")
         result(root, max(swarm.peers, key=lambda peer: int(peer.last("progress", "swarm_tokens"))))
         print("\nA friend could have joined while it ran, with the line:\n")
         print(f"  {swarm.peers[0].last('ready', 'join')}\n")
@@ -73,6 +74,7 @@ def train(swarm: LocalSwarm, options: argparse.Namespace, clock: Clock, total: i
     run = ["--run", str(options.run)] if options.run else []
     ends = ["--until-tokens", str(until)]
     # the first also listens beyond this machine, so that the line to send to a friend is a real one
+    clock.say("starting")
     first = swarm.start_peer("--new-swarm", *run, *ends, "--name", "peer-1", "--listen", "/ip4/0.0.0.0/tcp/0")
     importlib.import_module("swarm.model.export")  # takes seconds, and the peer needs them too
 
@@ -85,7 +87,7 @@ def train(swarm: LocalSwarm, options: argparse.Namespace, clock: Clock, total: i
         timeout_s=START_S, what="the other peers to join",
     )
     if options.peers > 1:
-        clock.say(f"{options.peers - 1} more have joined through it, and so can others while it runs")
+        clock.say(f"{options.peers - 1} more joined through it, and so can others while it runs")
     deadline, shown = time.monotonic() + options.max_seconds, 0.0
     while swarm.running() and time.monotonic() < deadline:
         swarm.wait_for(lambda: swarm.pump() or not swarm.running(), timeout_s=QUIET_S, what="any news of the peers")

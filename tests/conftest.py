@@ -1,7 +1,9 @@
 """For all tests: one torch thread a worker, and nothing that a test started outlives it (I7)."""
 
 import os
+import tempfile
 import time
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: several workers share the cores
 
@@ -46,3 +48,19 @@ def one_thread():
     except ImportError:
         return
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def folder():
+    """Short: a unix socket's path must be, and pytest's own folders are not."""
+    with tempfile.TemporaryDirectory(prefix="swarm-", dir="/tmp") as name:
+        yield Path(name)
+
+
+@pytest.fixture
+def nets(folder):
+    """Makes networks on loopback, and stops them with the test."""
+    from tests.swarm.network_support import Nets
+
+    with Nets(folder) as nets:
+        yield nets

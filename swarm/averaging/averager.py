@@ -22,7 +22,7 @@ from swarm.averaging.download import Donor
 from swarm.averaging.global_state import GlobalState
 from swarm.averaging.layout import Layout
 from swarm.averaging.ledger import Drift, Gradients, Ledger
-from swarm.averaging.messages import Commit, Opening
+from swarm.averaging.messages import MAX_MEMBERS, Commit, Opening
 from swarm.averaging.progress import Progress
 from swarm.averaging.round import FragmentRounds
 from swarm.averaging.synchronise import Synchroniser
@@ -33,6 +33,10 @@ from swarm.network.records import Head, Status
 
 TICK_S = 0.1
 MIN_PATIENCE_S = 3.0
+CATCH_UP_S = 5.0
+"""an invited peer that is behind may take this long to come level; the round waits for it no longer"""
+DISTRUST_S = 5.0
+"""a peer that claims another version, but gives nothing that leads there, is not invited for this long"""
 RETRY_S = 0.5
 """between two openings that came to nothing"""
 FOLLOW_AFTER_S = 0.5
@@ -57,6 +61,7 @@ class _Fragment:
         self.due_since: float | None = None
         self.recent_s: list[float] = []
         self.retry_at = 0.0
+        self.distrusted_until: dict[str, float] = {}
         self.following = self.opening = False
 
     def served_states(self) -> list[GlobalState]:
@@ -154,7 +159,7 @@ class Averager:
         """Tell the next openers now that there is something to average (`sync` runs, and peers that leave)."""
         openers = set()
         for index, fragment in enumerate(self._fragments):
-            peers = self._holders(index)
+            peers, _ = self._holders(index)
             state = fragment.ledger.state
             openers.add(plan.rank([self._me, *peers], fragment=index, version=state.version + 1)[0])
         await asyncio.gather(*(self.context.directory.tell(peer_id) for peer_id in openers - {self._me}))
@@ -165,14 +170,18 @@ class Averager:
     def _me(self) -> str:
         return self.context.keypair.peer_id
 
-    def _holders(self, index: int) -> list[str]:
-        """Live peers at the same version of a fragment as this one; who leaves counts while it has drift to give."""
-        fragment = self._fragments[index]
-        alive = {
+    def _holders(self, index: int) -> tuple[list[str], list[str]]:
+        """Live peers that hold a fragment: (at this peer's version, at another one). Who leaves counts while it has
+        drift to give. All are invited: those behind catch up at that moment (where rounds are quicker than heartbeats,
+        a newcomer would otherwise run after them for ever), and those ahead stop a round that would fork history."""
+        fragment, now = self._fragments[index], asyncio.get_running_loop().time()
+        alive = [
             peer_id for peer_id, status in self.context.directory.alive().items()
             if status.heads and not (status.leaving and not status.pending[index:index + 1] > [0])
-        }
-        return fragment.progress.at(fragment.ledger.state.digest, alive)
+        ]
+        level = fragment.progress.at(fragment.ledger.state.digest, alive)
+        others = [p for p in alive if p not in level and fragment.distrusted_until.get(p, 0.0) < now]
+        return level, others
 
     async def _tick_forever(self) -> None:
         loop = asyncio.get_running_loop()
@@ -185,7 +194,7 @@ class Averager:
         fragment = self._fragments[index]
         if fragment.opening or fragment.rounds.in_round():
             return
-        holders = self._holders(index)
+        holders, others = self._holders(index)
         if not self._is_due(index, holders, now):
             fragment.due_since = None
             return
@@ -195,7 +204,7 @@ class Averager:
         patience_s = max(MIN_PATIENCE_S, 3 * statistics.median(fragment.recent_s or [1.0]))
         if now - fragment.due_since >= order.index(self._me) * patience_s and now >= fragment.retry_at:
             fragment.opening = True
-            self.context.spawn(self._open(fragment, holders))
+            self.context.spawn(self._open(fragment, holders, others))
 
     def _is_due(self, index: int, holders: list[str], now: float) -> bool:
         fragment, averaging = self._fragments[index], self.context.run.averaging
@@ -214,19 +223,32 @@ class Averager:
         someone_leaves = (self.leaving and mine > 0) or fragment.progress.leaving(holders)
         return total >= target or overdue or someone_leaves
 
-    async def _open(self, fragment: _Fragment, holders: list[str]) -> None:
+    async def _open(self, fragment: _Fragment, holders: list[str], others: list[str]) -> None:
         began = asyncio.get_running_loop().time()
         owners = [self._me, *(peer_id for peer_id in holders if self.context.directory.maddrs(peer_id))]
         commit = None
         try:
-            commit = await fragment.rounds.open(holders[:63], owners[:64])
+            commit = await fragment.rounds.open([*holders, *others][:MAX_MEMBERS - 1], owners[:MAX_MEMBERS])
         except (NetworkError, StateError) as error:
             log.warning("round of fragment %d: %s", fragment.applier.fragment, error)
         finally:
             fragment.opening = False
             if commit is None:
                 fragment.retry_at = asyncio.get_running_loop().time() + RETRY_S
+        elsewhere, fragment.rounds.elsewhere = fragment.rounds.elsewhere, []
+        for peer_id in elsewhere:
+            await self._see_what_it_has(fragment, peer_id)
             fragment.recent_s = [*fragment.recent_s[-15:], asyncio.get_running_loop().time() - began]
+
+    async def _see_what_it_has(self, fragment: _Fragment, peer_id: str) -> None:
+        """A peer said that it is at another version than the round's base: follow it, or do without it for a while."""
+        version = fragment.ledger.state.version
+        try:
+            moved = await fragment.applier.catch_up(peer_id)
+        except NetworkError:
+            moved = False
+        if not moved and fragment.ledger.state.version == version:
+            fragment.distrusted_until[peer_id] = asyncio.get_running_loop().time() + DISTRUST_S
 
     def _on_applied(self, commit: Commit) -> None:
         fragment, now = self._fragments[commit.opening.fragment], asyncio.get_running_loop().time()
@@ -300,6 +322,12 @@ class Averager:
         opening.check(fragment.applier.layout.num_blocks)
         if opening.opener != link.peer_id or self._me not in opening.members:
             raise BadMessage("an opening by somebody else, or for somebody else")
+        if fragment.ledger.state.version < opening.version - 1:
+            with contextlib.suppress(asyncio.TimeoutError, NetworkError):
+                await asyncio.wait_for(fragment.applier.catch_up(link.peer_id), min(CATCH_UP_S, opening.push_s / 2))
+        state = fragment.ledger.state
+        if state.version >= opening.version or (state.version == opening.version - 1 and state.digest != opening.base):
+            return {"elsewhere": True}, b""
         reason = fragment.rounds.refuse_reason(opening)
         if reason is not None:
             raise PeerRefused(reason)

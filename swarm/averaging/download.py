@@ -160,8 +160,8 @@ async def _fetch_from(
 
 def _store(transfer: _Transfer, index: int, data: bytes) -> None:
     expected = transfer.hashes[index * HASH_BYTES:(index + 1) * HASH_BYTES]
-    if hashlib.sha256(data).digest() != expected:
-        raise BadMessage(f"chunk {index} does not match its hash")
+    if len(data) != chunk_length(transfer.wanted.numel, index) or hashlib.sha256(data).digest() != expected:
+        raise BadMessage(f"chunk {index} does not match its hash, or the run config's shape")
     state = GlobalState(0, 0, 0, transfer.tensors[0], tuple(transfer.tensors[1:]))
     state.chunk(index)[:] = data
     transfer.done += 1

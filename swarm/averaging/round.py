@@ -69,6 +69,8 @@ class FragmentRounds:
         self._gathered: dict[str, _Gathered] = {}
         self._known = asyncio.Condition()
         self._feedback: dict[tuple[int, int], torch.Tensor] = {}
+        self.elsewhere: list[str] = []
+        """invited peers that turned out to be at another version: the opener must first see what they have"""
         self._push_s: deque[float] = deque(maxlen=16)
         self._current: _Current | None = None
         self._attempting: tuple[str, asyncio.Task[tuple[Commit | None, set[str]]]] | None = None
@@ -334,8 +336,8 @@ class FragmentRounds:
     # -- everybody --------------------------------------------------------------------------------------------------
 
     def settled(self, commit: Commit) -> None:
-        """A commit was applied: end a round that it has overtaken, charge the owner's feedback, drop the openings of its
-        version go."""
+        """A commit was applied: end a round that it has overtaken, charge the owner's feedback, drop all openings
+        of its version."""
         self._give_way(commit.opening.id)
         gathered = self._gathered.get(commit.opening.id)
         if gathered is not None and gathered.new_feedback is not None:

@@ -29,7 +29,7 @@ START_TIMEOUT_S = 60.0
 """p2pd takes 0.1 s on an idle machine; hivemind's own limit of 15 s fails on slow and busy ones"""
 SHUTDOWN_S = 2.0
 MAX_SOCKET_PATH = 60
-"""of the folder: a unix socket's path must be under 108 bytes, and below it come 13 for our folder and 30 for the name"""
+"""of the folder: a unix socket's path must be under 108 bytes; below it come 13 for our folder and 30 for the name"""
 
 
 class Daemon:

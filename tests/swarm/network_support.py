@@ -6,13 +6,21 @@ import hashlib
 import random
 import time
 
+import msgpack
+import psutil
+from hivemind.dht.routing import DHTID
+from hivemind.p2p import P2PContext, PeerID
+from hivemind.proto import dht_pb2
+
 from swarm.config import DataConfig, ModelConfig, RunConfig
+from swarm.network import records
 from swarm.network.keys import Keypair
 from swarm.network.network import Network
 from swarm.network.records import Status
 
 LOOPBACK = ["/ip4/127.0.0.1/tcp/0"]
 PATIENCE_S = 30.0
+KEY = "some/key"
 RUN = RunConfig(name="demo", model=ModelConfig(config={"model_type": "gptj"}), data=DataConfig(stdlib=True))
 OTHER_RUN = RunConfig(name="other", model=ModelConfig(config={"model_type": "llama"}), data=DataConfig(stdlib=True))
 
@@ -20,6 +28,14 @@ OTHER_RUN = RunConfig(name="other", model=ModelConfig(config={"model_type": "lla
 def key(name):
     """The same identity in every process and every run of a test."""
     return Keypair(hashlib.sha256(str(name).encode()).digest())
+
+
+def key_of(name):
+    return key(name).peer_id
+
+
+DEAD = f"/ip4/127.0.0.1/tcp/1/p2p/{key_of('dead')}"
+"""nobody listens there"""
 
 
 def until(condition, what="it"):
@@ -111,7 +127,26 @@ def alive(network):
 
 def p2pd_of(network):
     """The process of a network's libp2p daemon."""
-    import psutil
-
     watchdog = psutil.Process(network._daemon._process.pid)
     return watchdog.children()[0]
+
+
+def call(network, other, method, header=None, body=b"", **more):
+    more = {"deadline_s": PATIENCE_S, "maddrs": other.maddrs, **more}
+    return network.run(network.endpoint.call(other.peer_id, method, header, body, **more))
+
+
+def store(network, *, at=KEY, subkey=None, value, expires, signer="stranger"):
+    """What a stranger's rpc_store does to a live DHT node."""
+    protocol = network.dht._node.protocol
+    request = dht_pb2.StoreRequest(
+        keys=[DHTID.generate(source=at).to_bytes()], values=[value], expiration_time=[expires], in_cache=[False],
+        subkeys=[subkey if subkey is not None else msgpack.packb(key_of(signer))],
+    )  # fmt: skip
+    context = P2PContext("store", None, PeerID.from_base58(key_of(signer)))
+    return list(network.run(protocol.rpc_store(request, context)).store_ok)
+
+
+def sealed(payload="evil", *, name="stranger", at=KEY, expires):
+    value = records.seal(key(name), DHTID.generate(source=at).to_bytes(), payload, expires=expires)
+    return msgpack.packb(value)

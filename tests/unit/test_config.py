@@ -164,6 +164,41 @@ def test_no_document_makes_it_stumble(value):
             assert error.exit_code == 2
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"model_type":"x","a":NaN}', '{"model_type":"x","a":1e999}', '{"model_type":"x","a":[-Infinity]}',
+        '{"model_type":"x","a":"\\ud800"}', '{"model_type":"x","\\udfff":1}',
+    ],
+)  # fmt: skip
+def test_what_json_cannot_spell_inside_the_model_is_a_stated_error(text):
+    document = json.dumps(SMALLEST).replace('{"model_type": "gptj"}', text)
+    with pytest.raises(ConfigError, match="cannot be written as JSON"):
+        run_from_json(document.encode())
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"model_type": "x", 1: 2}, "must be text"), ({"model_type": "x", "a": {None: 2}}, "must be text"),
+        ({"model_type": "x", "a": [{("b",): 2}]}, "must be text"), ({"model_type": "x", "a": {1, 2}}, "as JSON"),
+        ({"model_type": "x", "a": b"x"}, "as JSON"), ({"model_type": "x", "a": float("nan")}, "as JSON"),
+    ],
+)  # fmt: skip
+def test_a_model_config_is_plain_json(config, said):
+    assert said in refused({**SMALLEST, "model": {"config": config}})
+
+
+def test_numbers_beyond_all_bounds_are_stated_errors():
+    assert "learning_rate must be float" in refused(changed(train__learning_rate=10**400))
+    assert "name must be str" in refused({**SMALLEST, "name": 16**5000})
+    assert "averaging.bits" in refused({**SMALLEST, "averaging": {"bits": 16**5000}})
+    deep = []
+    for _ in range(100_000):
+        deep = [deep]
+    assert "too deeply" in refused({**SMALLEST, "model": {"config": {"model_type": "x", "a": deep}}})
+
+
 # --- what is refused
 
 
@@ -240,6 +275,17 @@ def test_a_bad_file_is_named(tmp_path, text, said):
     path = tmp_path / "run.yaml"
     path.write_text(text)
     with pytest.raises(ConfigError, match=said) as caught:
+        load_run(path)
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "data", [b"name: \xff\xfe", "name: caf\u00e9".encode("latin-1"), b"name: 2024-13-45", b"[" * 5000, b"{[]: 1}"]
+)
+def test_a_file_that_is_not_utf8_or_no_document_is_named(tmp_path, data):
+    path = tmp_path / "run.yaml"
+    path.write_bytes(data)
+    with pytest.raises(ConfigError, match="is not YAML") as caught:
         load_run(path)
     assert str(path) in str(caught.value)
 

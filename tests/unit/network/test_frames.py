@@ -81,10 +81,14 @@ def test_no_bytes_make_it_stumble(data):
 # --- heads
 
 
-scalars = st.none() | st.booleans() | st.integers(-(2**63), 2**63) | st.text() | st.floats(allow_nan=False, allow_infinity=False)
+numbers = st.integers(-(2**63), 2**63) | st.floats(allow_nan=False, allow_infinity=False)
 heads = st.dictionaries(
     st.text(max_size=5),
-    st.recursive(scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3), max_leaves=5),
+    st.recursive(
+        st.none() | st.booleans() | st.text() | numbers,
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+        max_leaves=5,
+    ),
     max_size=4,
 )
 

@@ -1,97 +1,26 @@
-"""One link between two ends of a socket pair: what it promises to callers, and what a rude other end cannot do."""
+"""One link between two ends of a socket pair: what it promises to callers."""
 
 import asyncio
-import contextlib
 import json
-import socket
 
 import pytest
 
-from swarm.errors import BadMessage, NetworkError, PeerGone, PeerRefused
+from swarm.errors import PeerGone, PeerRefused
 from swarm.network import frames, link
-from swarm.network.link import Budget, Link, Method
-
-PATIENCE_S = 20.0
-MB = 1024 * 1024
-
-
-async def soon(condition):
-    async def poll():
-        while not condition():
-            await asyncio.sleep(0.001)
-
-    await asyncio.wait_for(poll(), PATIENCE_S)
-
-
-async def echo(link, header, body):
-    return header, body
-
-
-async def refuse(link, header, body):
-    raise PeerRefused("not today")
-
-
-async def stumble(link, header, body):
-    raise KeyError("a bug")
-
-
-METHODS = {
-    "echo": Method(echo, 64 * MB), "small": Method(echo, 10), "refuse": Method(refuse, 64 * MB),
-    "stumble": Method(stumble, 0),
-}  # fmt: skip
-
-
-async def streams():
-    ours, theirs = socket.socketpair()
-    return await asyncio.open_connection(sock=ours), await asyncio.open_connection(sock=theirs)
-
-
-@contextlib.asynccontextmanager
-async def two_links(methods=METHODS, budget=None):
-    """(asker, answerer): both greeted."""
-    (reader, writer), (reader2, writer2) = await streams()
-    asker = Link("A" * 20, reader, writer, dict(METHODS))
-    answerer = Link("B" * 20, reader2, writer2, dict(methods), budget=budget)
-    asker.greeted = answerer.greeted = True
-    try:
-        yield asker, answerer
-    finally:
-        asker.close()
-        answerer.close()
-        await asyncio.sleep(0)
-
-
-@contextlib.asynccontextmanager
-async def one_link(methods=METHODS, *, greeted=True, **more):
-    """(link, reader and writer of its other end, which speaks raw bytes)."""
-    (reader, writer), (reader2, writer2) = await streams()
-    answerer = Link("B" * 20, reader, writer, dict(methods), **more)
-    answerer.greeted = greeted
-    try:
-        yield answerer, reader2, writer2
-    finally:
-        answerer.close()
-        writer2.close()
-        await asyncio.sleep(0)
-
-
-def request(call, method, length=0, header=None):
-    return frames.pack(frames.REQUEST, call, frames.pack_head({"m": method, "h": header or {}, "n": length}))
-
-
-async def closed_with(answerer, *data, writer):
-    for part in data:
-        writer.write(part)
-    await asyncio.wait_for(answerer.closed.wait(), PATIENCE_S)
-
-
-async def read_frame(reader):
-    return await asyncio.wait_for(frames.read(reader), PATIENCE_S)
-
-
-def run(test):
-    asyncio.run(asyncio.wait_for(test(), 60))
-
+from swarm.network.link import Budget, Method
+from tests.unit.network.link_support import (
+    MB,
+    METHODS,
+    PATIENCE_S,
+    closed_with,
+    echo,
+    one_link,
+    read_frame,
+    request,
+    run,
+    soon,
+    two_links,
+)  # fmt: skip
 
 # --- calls
 
@@ -113,8 +42,8 @@ def test_calls_interleave_both_ways_and_every_answer_finds_its_call():
 
             async def ask(one, number):
                 body = bytes([number]) * (number * 40_000)
-                answer, returned = await one.call("echo", {"n": number}, body, deadline_s=PATIENCE_S, max_answer=4 * MB)
-                assert answer == {"n": number} and returned == body
+                answer = await one.call("echo", {"n": number}, body, deadline_s=PATIENCE_S, max_answer=4 * MB)
+                assert answer == ({"n": number}, body)
 
             await asyncio.gather(*(ask(one, number) for number in range(30) for one in (asker, answerer)))
             assert asker.bytes_sent == answerer.bytes_received
@@ -145,7 +74,7 @@ def test_heads_overtake_bulk_bodies():
     """A heartbeat that is asked after a tensor is on the wire before the tensor's body."""
 
     async def test():
-        async with one_link() as (ours, reader, writer):
+        async with one_link() as (ours, reader, _writer):
             tensor = asyncio.create_task(ours.call("push", {}, bytes(8 * MB), deadline_s=PATIENCE_S))
             beat = asyncio.create_task(ours.call("status", {}, deadline_s=PATIENCE_S))
             seen = []
@@ -189,7 +118,7 @@ def test_the_body_of_an_unknown_method_is_swallowed():
 
 def test_nothing_but_hello_before_hello():
     async def test():
-        async with one_link({**METHODS, "hello": Method(echo, 0)}, greeted=False) as (ours, reader, writer):
+        async with one_link({**METHODS, "hello": Method(echo, 0)}, greeted=False) as (_ours, reader, writer):
             writer.write(request(1, "echo", 3) + frames.pack(frames.REQUEST_BODY, 1, b"abc") + request(2, "hello"))
             kind, call, payload = await read_frame(reader)
             assert (kind, call) == (frames.REFUSED, 1) and b"hello first" in payload
@@ -203,7 +132,7 @@ def test_whom_we_dialled_may_ask_at_once():
     """Its answer to our hello and its first question can arrive together, before our side has seen the answer."""
 
     async def test():
-        async with one_link(greeted=False, dialled=True) as (ours, reader, writer):
+        async with one_link(greeted=False, dialled=True) as (_ours, reader, writer):
             writer.write(request(1, "echo", header={"a": 1}))
             kind, _, payload = await read_frame(reader)
             assert kind == frames.ANSWER and json.loads(payload)["h"] == {"a": 1}
@@ -227,7 +156,7 @@ def test_a_deadline_is_an_error_and_frees_the_other_side():
                 raise
 
         async with two_links({**METHODS, "forever": Method(forever, 10)}) as (asker, answerer):
-            with pytest.raises(PeerGone, match="no answer from AAAAAA within 0.2 s"):
+            with pytest.raises(PeerGone, match="no answer from AAAAAA within"):
                 await asker.call("forever", {}, b"body", deadline_s=0.2)
             await asyncio.wait_for(started.wait(), PATIENCE_S)
             await asyncio.wait_for(cancelled.wait(), PATIENCE_S)
@@ -240,7 +169,7 @@ def test_a_deadline_is_an_error_and_frees_the_other_side():
 
 def test_a_caller_that_is_cancelled_takes_its_queued_body_back():
     async def test():
-        async with one_link() as (ours, reader, writer):
+        async with one_link() as (ours, reader, _writer):
             task = asyncio.create_task(ours.call("push", {}, bytes(32 * MB), deadline_s=PATIENCE_S))
             await read_frame(reader)
             task.cancel()
@@ -271,7 +200,7 @@ def test_a_request_that_is_cancelled_before_it_ran_leaves_nothing():
 
 def test_a_request_that_is_cancelled_in_mid_body_gives_its_bytes_back():
     async def test():
-        async with one_link() as (ours, reader, writer):
+        async with one_link() as (ours, _reader, writer):
             writer.write(request(1, "echo", MB) + frames.pack(frames.REQUEST_BODY, 1, bytes(MB // 4)))
             await soon(lambda: ours._budget.used == MB // 4)
             writer.write(frames.pack(frames.CANCEL, 1, b""))
@@ -309,7 +238,7 @@ def test_closing_cancels_handlers_and_gives_everything_back():
             finally:
                 cancelled.set()
 
-        async with one_link({"forever": Method(forever, MB)}, budget=budget) as (ours, reader, writer):
+        async with one_link({"forever": Method(forever, MB)}, budget=budget) as (ours, _reader, writer):
             writer.write(request(1, "forever", MB) + frames.pack(frames.REQUEST_BODY, 1, bytes(MB // 2)))
             writer.write(frames.pack(frames.REQUEST_BODY, 1, bytes(MB // 2)))
             writer.write(request(2, "forever", MB) + frames.pack(frames.REQUEST_BODY, 2, bytes(MB // 2)))
@@ -326,7 +255,7 @@ def test_a_peer_that_takes_no_bytes_is_gone(monkeypatch):
     monkeypatch.setattr(link, "STALL_S", 0.1)
 
     async def test():
-        async with one_link() as (ours, reader, writer):
+        async with one_link() as (ours, reader, _writer):
             reader._transport.pause_reading()
             with pytest.raises(PeerGone, match="ended") as caught:
                 await ours.call("push", {}, bytes(64 * MB), deadline_s=1000)
@@ -340,190 +269,7 @@ def test_a_body_that_never_comes_closes_the_link(monkeypatch):
     monkeypatch.setattr(link, "MAX_BODY_S", 0.05)
 
     async def test():
-        async with one_link() as (ours, reader, writer):
+        async with one_link() as (ours, _reader, writer):
             await closed_with(ours, request(1, "echo", 100), writer=writer)
 
     run(test)
-
-
-# --- what a rude other end cannot do
-
-
-@pytest.mark.parametrize(
-    "data",
-    [
-        [frames.pack(frames.REQUEST_BODY, 1, b"x")],
-        [request(1, "echo", 3), frames.pack(frames.REQUEST_BODY, 1, b"four")],
-        [request(1, "echo", 3), request(1, "echo", 3)],
-        [request(1, "small", 11)],
-        [request(1, "echo", -1)],
-        [request(1, "echo", 1.5)],
-        [request(1, "nonsense", 2**60)],
-        [request(1, "echo", 2**60)],
-        [frames.pack(frames.REQUEST, 1, b"[]")],
-        [frames.pack(frames.REQUEST, 1, b'{"m":1,"h":{},"n":0}')],
-        [frames.pack(frames.REQUEST, 1, b'{"m":"echo","h":[],"n":0}')],
-        [frames.pack(frames.REQUEST, 1, b'{"m":"echo","n":0}')],
-        [frames.pack(frames.REQUEST, 1, b'{"m":"echo","h":{"a":1e999},"n":0}')],
-        [b"\xff" * 9],
-        [b"GET / HTTP/1.1\r\n\r\n"],
-    ],
-    ids=[
-        "unannounced body", "body too long", "number twice", "over the method's limit", "negative", "fraction",
-        "swallow too much", "echo too much", "list", "no name", "no header", "half", "infinite", "kind", "http",
-    ],
-)  # fmt: skip
-def test_breaking_the_protocol_closes_the_link(data):
-    async def test():
-        async with one_link() as (ours, reader, writer):
-            await closed_with(ours, *data, writer=writer)
-            assert not ours._requests and ours._budget.used == 0
-
-    run(test)
-
-
-def test_too_many_calls_close_the_link():
-    async def test():
-        async def forever(link, header, body):
-            await asyncio.Event().wait()
-
-        async with one_link({"forever": Method(forever, 0)}) as (ours, reader, writer):
-            writer.write(b"".join(request(n, "forever") for n in range(link.MAX_CALLS)))
-            await soon(lambda: len(ours._answering) == link.MAX_CALLS)
-            assert not ours.closed.is_set()
-            await closed_with(ours, request(9999, "forever"), writer=writer)
-
-    run(test)
-
-
-def test_many_announced_bodies_close_the_link_before_they_come():
-    async def test():
-        async with one_link({"push": Method(echo, link.MAX_WAITING_BYTES)}) as (ours, reader, writer):
-            await closed_with(
-                ours, request(1, "push", link.MAX_WAITING_BYTES), request(2, "push", 1), writer=writer
-            )
-
-    run(test)
-
-
-def test_all_links_together_hold_no_more_than_the_budget():
-    async def test():
-        budget = Budget(limit=3 * MB // 2)
-
-        async def forever(link, header, body):
-            await asyncio.Event().wait()
-
-        methods = {"forever": Method(forever, MB)}
-        half = bytes(MB // 2)
-        async with one_link(methods, budget=budget) as (one, _, writer):
-            async with one_link(methods, budget=budget) as (two, _, writer2):
-                writer.write(request(1, "forever", MB) + 2 * frames.pack(frames.REQUEST_BODY, 1, half))
-                await soon(lambda: one._answering)
-                writer2.write(request(1, "forever", MB) + frames.pack(frames.REQUEST_BODY, 1, half))
-                await soon(lambda: budget.used == 3 * MB // 2)
-                await closed_with(two, frames.pack(frames.REQUEST_BODY, 1, half), writer=writer2)
-                assert budget.used == MB
-                assert not one.closed.is_set()
-
-    run(test)
-
-
-def test_who_asks_and_takes_no_answers_is_closed(monkeypatch):
-    monkeypatch.setattr(link, "MAX_QUEUED_HEADS", 20)
-
-    async def test():
-        async with one_link() as (ours, reader, writer):
-            reader._transport.pause_reading()
-            question = b"".join(request(n, "nonsense", header={"pad": "x" * 1000}) for n in range(500))
-            try:
-                for _ in range(200):
-                    writer.write(question)
-                    await asyncio.wait_for(writer.drain(), PATIENCE_S)
-            except OSError:
-                pass
-            await asyncio.wait_for(ours.closed.wait(), PATIENCE_S)
-            assert not ours._urgent
-
-    run(test)
-
-
-def test_answers_that_are_not_taken_wait_with_their_handlers(monkeypatch):
-    """Else small questions for large answers would fill our memory."""
-    monkeypatch.setattr(link, "MAX_QUEUED_BYTES", 2 * MB)
-
-    async def test():
-        async def large(link, header, body):
-            return {}, bytes(MB)
-
-        async with one_link({"large": Method(large, 0)}) as (ours, reader, writer):
-            reader._transport.pause_reading()
-            writer.write(b"".join(request(n, "large") for n in range(20)))
-            await soon(lambda: ours._queued_bytes >= 2 * MB)
-            for _ in range(50):
-                await asyncio.sleep(0)
-            assert ours._queued_bytes <= 3 * MB and ours._answering
-            reader._transport.resume_reading()
-            received = 0
-            while received < 20 * MB:
-                kind, _, payload = await read_frame(reader)
-                received += len(payload) if kind == frames.ANSWER_BODY else 0
-            await soon(lambda: not ours._answering)
-            assert ours._queued_bytes == 0
-
-    run(test)
-
-
-@pytest.mark.parametrize(
-    "answer",
-    [
-        [frames.pack(frames.ANSWER, 0, b'{"h":{},"n":11}')],
-        [frames.pack(frames.ANSWER, 0, b'{"h":{},"n":-1}')],
-        [frames.pack(frames.ANSWER, 0, b'{"n":0}')],
-        [frames.pack(frames.ANSWER, 0, b"[]")],
-        [frames.pack(frames.ANSWER_BODY, 0, b"x")],
-        [frames.pack(frames.ANSWER, 0, b'{"h":{},"n":3}'), frames.pack(frames.ANSWER_BODY, 0, b"four")],
-        [frames.pack(frames.ANSWER, 0, b'{"h":{},"n":3}'), frames.pack(frames.ANSWER, 0, b'{"h":{},"n":3}')],
-        [frames.pack(frames.REFUSED, 0, b"\xff")],
-    ],
-    ids=["too long", "negative", "no header", "list", "no head", "more than announced", "twice", "no reason"],
-)
-def test_a_bad_answer_ends_the_link_and_the_call(answer):
-    async def test():
-        async with one_link() as (ours, reader, writer):
-            call = asyncio.create_task(ours.call("x", deadline_s=PATIENCE_S, max_answer=10))
-            await read_frame(reader)
-            await closed_with(ours, *answer, writer=writer)
-            with pytest.raises(PeerGone):
-                await call
-
-    run(test)
-
-
-def test_an_answer_as_long_as_allowed_passes_and_late_ones_are_dropped():
-    async def test():
-        async with one_link() as (ours, reader, writer):
-            call = asyncio.create_task(ours.call("x", deadline_s=PATIENCE_S, max_answer=10))
-            await read_frame(reader)
-            writer.write(frames.pack(frames.ANSWER, 77, b'{"h":{},"n":5}') + frames.pack(frames.REFUSED, 78, b"{}"))
-            writer.write(frames.pack(frames.ANSWER, 0, b'{"h":{},"n":10}') + frames.pack(frames.ANSWER_BODY, 0, b"5" * 10))
-            assert await call == ({}, b"5" * 10)
-            assert not ours.closed.is_set()
-
-    run(test)
-
-
-def test_a_long_reason_is_cut():
-    async def test():
-        async with one_link() as (ours, reader, writer):
-            call = asyncio.create_task(ours.call("x", deadline_s=PATIENCE_S))
-            await read_frame(reader)
-            writer.write(frames.pack(frames.REFUSED, 0, frames.pack_head({"why": "x" * 60_000})))
-            with pytest.raises(PeerRefused) as caught:
-                await call
-            assert len(str(caught.value)) <= 500
-
-    run(test)
-
-
-def test_errors_of_calls_are_one_family():
-    assert issubclass(PeerGone, NetworkError) and issubclass(BadMessage, NetworkError)

@@ -20,8 +20,8 @@ DOCKER = f"/ip4/172.17.0.1/tcp/31337/p2p/{ID}"
 @pytest.mark.parametrize(
     "maddr",
     [
-        PUBLIC, HERE, f"/ip6/::1/tcp/1/p2p/{ID}", f"/dns4/example.org/tcp/443/p2p/{ID}", f"/ip4/1.2.3.4/udp/1/quic/p2p/{ID}",
-        f"/ip4/8.8.8.8/tcp/1/p2p/{RELAY}/p2p-circuit/p2p/{ID}",
+        PUBLIC, HERE, f"/ip6/::1/tcp/1/p2p/{ID}", f"/dns4/example.org/tcp/443/p2p/{ID}",
+        f"/ip4/1.2.3.4/udp/1/quic/p2p/{ID}", f"/ip4/8.8.8.8/tcp/1/p2p/{RELAY}/p2p-circuit/p2p/{ID}",
     ],
 )  # fmt: skip
 def test_a_whole_address_names_the_peer_at_its_end(maddr):

@@ -1,0 +1,121 @@
+"""A round's decisions: pure functions that all peers must answer alike, and that no peer can bend."""
+
+from __future__ import annotations
+
+import statistics
+from collections import Counter
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from swarm.averaging import plan
+
+fixed = settings(max_examples=80, derandomize=True, deadline=None)
+peers = st.lists(st.text("abcdefghijk123", min_size=1, max_size=12), min_size=1, max_size=12, unique=True)
+durations = st.lists(st.floats(0.001, 300), min_size=3, max_size=16)
+
+
+@fixed
+@given(peers, st.integers(0, 255), st.integers(1, 2**40), st.randoms(use_true_random=False))
+def test_rank_is_the_same_permutation_for_everybody(some: list[str], fragment: int, version: int, random) -> None:  # type: ignore[no-untyped-def]
+    order = plan.rank(some, fragment=fragment, version=version)
+    assert sorted(order) == sorted(some)
+    shuffled = list(some)
+    random.shuffle(shuffled)
+    assert plan.rank(shuffled, fragment=fragment, version=version) == order
+
+
+@fixed
+@given(peers, st.integers(0, 255), st.integers(1, 1000), st.integers(0, 11))
+def test_a_peer_that_leaves_moves_nobody_else(some: list[str], fragment: int, version: int, leaver: int) -> None:
+    gone = some[leaver % len(some)]
+    order = plan.rank(some, fragment=fragment, version=version)
+    rest = plan.rank([peer for peer in some if peer != gone], fragment=fragment, version=version)
+    assert rest == [peer for peer in order if peer != gone]
+
+
+def test_every_peer_opens_about_as_often() -> None:
+    names = [f"peer-{i}" for i in range(5)]
+    first = Counter(plan.rank(names, fragment=f, version=v)[0] for f in range(4) for v in range(1, 251))
+    assert all(140 < first[name] < 260 for name in names)
+    orders = {tuple(plan.rank(names, fragment=0, version=version)) for version in range(1, 60)}
+    assert len(orders) > 30, "each round has another order"
+    assert plan.rank(names, fragment=0, version=11) != plan.rank(names, fragment=1, version=11)
+
+
+def test_fragments_take_turns_from_the_first_round_on() -> None:
+    first = [plan.target_tokens(1000, 4, fragment=f, version=0, staggered=True) for f in range(4)]
+    assert first == [250, 500, 750, 1000]
+    assert {plan.target_tokens(1000, 4, fragment=f, version=v, staggered=True) for f in range(4) for v in (1, 9)} == {
+        1000
+    }
+    assert {plan.target_tokens(1000, 4, fragment=f, version=0, staggered=False) for f in range(4)} == {1000}
+    assert plan.target_tokens(1, 256, fragment=0, version=0, staggered=True) == 1, "never zero"
+
+
+@fixed
+@given(st.integers(1, 5000), peers)
+def test_parts_tile_the_fragment(num_blocks: int, owners: list[str]) -> None:
+    parts = plan.split(num_blocks, owners)
+    assert parts[0][0] == 0 and parts[-1][1] == num_blocks
+    assert all(one[1] == two[0] for one, two in zip(parts, parts[1:], strict=False))
+    sizes = [end - start for start, end, _ in parts]
+    assert min(sizes) >= 1 and max(sizes) - min(sizes) <= 1
+    assert len(parts) == min(num_blocks, len(owners))
+    assert len({owner for _, _, owner in parts}) == len(parts), "one part each"
+    assert parts == plan.split(num_blocks, owners[::-1])
+
+
+claims = st.dictionaries(st.text("abcdef", min_size=1, max_size=5), st.integers(1, 2**40), min_size=1, max_size=20)
+
+
+@fixed
+@given(claims)
+def test_weights_add_up_and_the_cap_holds(tokens: dict[str, int]) -> None:
+    shares = plan.weights(tokens)
+    assert shares.keys() == tokens.keys()
+    assert sum(shares.values()) == pytest.approx(1, abs=1e-12)
+    assert all(0 < share <= 1 for share in shares.values())
+    median = statistics.median(tokens.values())
+    typical = [peer for peer, count in tokens.items() if count <= median]
+    for peer, count in tokens.items():
+        for other in typical:
+            cap = min(count, plan.WEIGHT_CAP * median)
+            assert shares[peer] / shares[other] == pytest.approx(cap / tokens[other], rel=1e-9)
+
+
+def test_weights_of_honest_peers_are_their_tokens_and_claims_gain_little() -> None:
+    assert plan.weights({"a": 100, "b": 300}) == {"a": 0.25, "b": 0.75}
+    assert plan.weights({"a": 3, "b": 2, "c": 5}) == {"a": 0.3, "b": 0.2, "c": 0.5}
+    greedy = plan.weights({"a": 100, "b": 100, "c": 100, "liar": 2**40})
+    assert greedy["liar"] == pytest.approx(0.4)
+
+
+def test_the_deadline_before_anything_is_known_follows_the_bytes() -> None:
+    assert plan.deadline_s([], bytes_each=0) == plan.deadline_s([1.0, 1.0], bytes_each=0) == 10.0
+    assert plan.deadline_s([], bytes_each=1_280_000) == pytest.approx(20.0)
+    assert plan.deadline_s([], bytes_each=10**12) == 600.0
+
+
+@fixed
+@given(durations, st.floats(0, 60))
+def test_the_deadline_is_bounded_and_follows_the_durations(recent: list[float], later: float) -> None:
+    deadline = plan.deadline_s(recent, bytes_each=10**9)
+    assert 3.0 <= deadline <= 600.0
+    assert deadline >= min(600.0, 2 * statistics.median(recent))
+    assert plan.deadline_s([value + later for value in recent], bytes_each=0) >= deadline - 1e-9
+    assert plan.deadline_s(recent[::-1], bytes_each=0) == deadline
+
+
+@fixed
+@given(st.lists(st.floats(0.5, 2.0), min_size=5, max_size=15), st.floats(0, 10_000))
+def test_one_outlier_does_not_carry_the_deadline_away(recent: list[float], outlier: float) -> None:
+    """One frozen peer in a round must not make the next ones wait for minutes."""
+    assert plan.deadline_s([*recent, outlier], bytes_each=0) <= 2 * (2.0 + 6 * 1.5)
+
+
+def test_the_deadline_grows_with_the_spread() -> None:
+    steady, jumpy = [4.0, 4.1, 3.9, 4.0, 4.0], [2.0, 7.0, 4.0, 1.0, 6.0]
+    assert plan.deadline_s(steady, bytes_each=0) == pytest.approx(8.0)
+    assert plan.deadline_s(jumpy, bytes_each=0) == pytest.approx(32.0)
