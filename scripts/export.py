@@ -175,10 +175,10 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("out", type=Path, help="folder to write: a new one, an empty one, or an earlier export")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--home", type=Path, metavar="DIR", help="home folder of a peer, running or stopped")
-    source.add_argument("--initial-peers", nargs="+", metavar="MADDR", help="peers of a live swarm: from the join line")
+    source.add_argument("--initial-peers", nargs="+", metavar="MADDR", help="peers of a live swarm: from a join line")
     parser.add_argument("--run-id", metavar="ID", help="which run, where there are several")
     parser.add_argument(
-        "--join-timeout-s", type=float, default=20.0, metavar="S", help="give up after this long without an answer (20)"
+        "--join-timeout-s", type=float, default=20.0, metavar="S", help="give up joining after this long (20)"
     )
     parser.add_argument("--evaluate", action="store_true", help="reload it and show held-out loss and a text sample")
     parser.add_argument("--prompt", default="The ", metavar="TEXT", help="what the sample goes on from")

@@ -134,7 +134,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--min-peers", type=int, default=0, metavar="N", help="end with exit code 1 below N peers")
     parser.add_argument("--interval", type=float, default=3.0, metavar="S", help="seconds between two looks (3)")
     parser.add_argument(
-        "--join-timeout-s", type=float, default=20.0, metavar="S", help="give up after this long without an answer (20)"
+        "--join-timeout-s", type=float, default=20.0, metavar="S", help="give up joining after this long (20)"
     )
     return parser
 

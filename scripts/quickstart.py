@@ -157,7 +157,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--peers", type=int, choices=range(1, 17), default=3, metavar="N", help="how many (3)")
     parser.add_argument("--run", type=Path, metavar="FILE", help="run config (the demo run)")
     parser.add_argument("--until-tokens", type=int, metavar="N", help="end after N tokens (those of the run)")
-    parser.add_argument("--max-seconds", type=float, default=300.0, metavar="S", help="train no longer than this (300)")
+    parser.add_argument("--max-seconds", type=float, default=300.0, metavar="S", help="train at most this long (300)")
     parser.add_argument("--interval", type=float, default=4.0, metavar="S", help="seconds between two lines (4)")
     return parser
 

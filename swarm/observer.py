@@ -180,7 +180,8 @@ class Observer:
         deadline = loop.time() + ATTEST_S
         while True:
             await self._ask(set(directory.alive()), ASK_S)  # versions of the same moment are more likely to agree
-            heads = {p: status.heads[fragment] for p, status in directory.alive().items() if len(status.heads) > fragment}
+            holders = {key: s for key, s in directory.alive().items() if len(s.heads) > fragment}
+            heads = {peer_id: status.heads[fragment] for peer_id, status in holders.items()}
             late = loop.time() >= deadline
             for head in ranked(list(heads.values())):
                 knowing = [peer_id for peer_id, other in heads.items() if other == head]

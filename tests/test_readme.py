@@ -18,7 +18,9 @@ READMES = [ROOT / "README.md", ROOT / "swarm" / "README.md"]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 INLINE = re.compile(r"`((?:python -m swarm\.peer|scripts/)[^`]*)`")
 LINK = re.compile(r"\]\(([^)]+)\)")
-WITH_PARSER = {"quickstart": "quickstart", "monitor.py": "monitor", "export.py": "export", "local_swarm.py": "local_swarm"}
+WITH_PARSER = {
+    "quickstart": "quickstart", "monitor.py": "monitor", "export.py": "export", "local_swarm.py": "local_swarm",
+}  # fmt: skip
 
 sys.path.insert(0, str(ROOT / "scripts"))  # as it is for a script that runs
 
@@ -67,8 +69,9 @@ def test_there_are_commands_to_check():
 
 
 def test_the_two_commands_come_first():
-    lines = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith(("scripts/", "python -m"))]
-    assert lines[0] == "scripts/quickstart" and lines[1].startswith("python -m swarm.peer --new-swarm")
+    lines = (ROOT / "README.md").read_text().splitlines()
+    typed = [line for line in lines if line.startswith(("scripts/", "python -m"))]
+    assert typed[0] == "scripts/quickstart" and typed[1].startswith("python -m swarm.peer --new-swarm")
 
 
 @pytest.mark.parametrize(("path", "link"), links(), ids=lambda value: getattr(value, "name", value))

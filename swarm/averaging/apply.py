@@ -167,13 +167,13 @@ class Applier:
             raise BadMessage("a list of commits that is none")
         return [records.parse(Commit, item) for item in raw]
 
-    async def adopt(self, state: GlobalState, *, absorbed: list[str], abandoned: str | None) -> None:
+    async def adopt(self, state: GlobalState, *, absorbed: list[str], lost: list[str]) -> None:
         """Jump to a downloaded state (already checked against its digest); see `Ledger.adopt`."""
         async with self._lock:
             if state.tokens > self.ledger.state.tokens or not self.trusted:
                 self.trusted = True
                 await self._context.at_boundary(
-                    lambda: self.ledger.adopt(state, absorbed=absorbed, abandoned=abandoned)
+                    lambda: self.ledger.adopt(state, absorbed=absorbed, lost=lost)
                 )
                 self.history.forget()
                 self.history.saw(state.version, state.digest)

@@ -14,13 +14,17 @@ All methods that touch working weights run between two microbatches of the train
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from swarm.averaging.global_state import GlobalState
 from swarm.averaging.layout import Layout
+
+KEPT_ABSORBED = 16
+"""own contributions that can be taken back into the drift after a parted swarm has come together again"""
 
 
 class Drift:
@@ -90,12 +94,25 @@ class Contribution:
     """d + feedback, fp32 [numel]: what is encoded"""
     lost: torch.Tensor | None = field(default=None, repr=False)
     """offered minus what the encoded bytes say; the next feedback, once this is in a commit"""
+    recall: Callable[[], torch.Tensor] | None = field(default=None, repr=False)
+    """decodes again what was sent, fp32 [numel]; the bytes are an eighth of the values"""
+
+
+@dataclass(frozen=True)
+class _Absorbed:
+    """A contribution that is in a commit; kept for a while, in case the swarm goes on from another history."""
+
+    opening_id: str
+    version: int
+    tokens: int
+    recall: Callable[[], torch.Tensor]
 
 
 @dataclass(frozen=True)
 class _Applied:
     """How to take the newest commit back."""
 
+    opening_id: str
     before: GlobalState
     contribution: Contribution | None
     feedback_before: torch.Tensor = field(repr=False)
@@ -110,6 +127,7 @@ class Ledger:
         self._feedback = torch.zeros_like(state.weights)
         self._contributions: dict[str, Contribution] = {}
         self._applied: _Applied | None = None
+        self._absorbed: deque[_Absorbed] = deque(maxlen=KEPT_ABSORBED)
 
     @property
     def previous(self) -> GlobalState | None:
@@ -132,13 +150,17 @@ class Ledger:
     def apply(self, state: GlobalState, opening_id: str, *, included: bool) -> None:
         """Move on to `state`, made by the commit of `opening_id`; `included`: with this peer's contribution."""
         contribution = self._contributions.get(opening_id) if included else None
-        applied = _Applied(self.state, contribution, self._feedback)
+        applied = _Applied(opening_id, self.state, contribution, self._feedback)
         self._work.move(self.state.weights, state.weights)
         if contribution is not None:
             self._work.absorb(contribution.values, contribution.tokens)
             self.pending_tokens -= contribution.tokens
             if contribution.lost is not None:
                 self._feedback = contribution.lost
+            if contribution.recall is not None:
+                self._absorbed.append(
+                    _Absorbed(opening_id, contribution.version, contribution.tokens, contribution.recall)
+                )
         self.state, self._applied = state, applied
         # openings of this version may still win over the applied commit; older ones are settled for good
         self._contributions = {
@@ -152,15 +174,18 @@ class Ledger:
         if applied.contribution is not None:
             self._work.release(applied.contribution.values, applied.contribution.tokens)
             self.pending_tokens += applied.contribution.tokens
+            if self._absorbed and self._absorbed[-1].opening_id == applied.opening_id:
+                self._absorbed.pop()
         self._work.move(self.state.weights, applied.before.weights)
         self._feedback = applied.feedback_before
         self.state, self._applied = applied.before, None
 
-    def adopt(self, state: GlobalState, *, absorbed: list[str], abandoned: str | None = None) -> None:
-        """Jump to a downloaded state, keeping the drift. `absorbed`: own openings known to be in its history;
-        `abandoned`: digest of a version known not to be, so that what its commit absorbed here is drift again."""
-        if self._applied is not None and self.state.digest == abandoned:
-            self.take_back()
+    def adopt(self, state: GlobalState, *, absorbed: Sequence[str], lost: Sequence[str] = ()) -> None:
+        """Jump to a downloaded state, keeping the drift. Of this peer's own openings, `absorbed`: those of unknown fate
+        that are in its history after all; `lost`: those that are in ours but not in its history (the swarm was parted,
+        and the other side had trained more). What was lost goes back into the drift, and so into the next round."""
+        if self._applied is not None and self._applied.opening_id in lost:
+            self.take_back()  # the newest one can be undone exactly, its feedback too
         already = self._applied.contribution if self._applied else None
         self._work.move(self.state.weights, state.weights)
         for opening_id in absorbed:
@@ -170,8 +195,20 @@ class Ledger:
                 self.pending_tokens -= contribution.tokens
                 if contribution.lost is not None:
                     self._feedback = contribution.lost
+        for old in self._absorbed:
+            if old.opening_id in lost:
+                self._work.release(old.recall(), old.tokens)
+                self.pending_tokens += old.tokens
         self._contributions.clear()
+        self._absorbed.clear()
         self.state, self._applied = state, None
+
+    def recent(self) -> dict[str, int]:
+        """Openings whose commits lately moved this peer: id -> version, those with a contribution of its own."""
+        recent = {old.opening_id: old.version for old in self._absorbed}
+        if self._applied is not None and self._applied.contribution is not None:
+            recent[self._applied.opening_id] = self.state.version
+        return recent
 
     def outstanding(self) -> dict[str, int]:
         """Openings that this peer contributed to and that may be in another history than its own: id -> version."""

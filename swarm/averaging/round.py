@@ -248,6 +248,7 @@ class FragmentRounds:
         contribution = await self._context.at_boundary(lambda: ledger.contribute(opening.id, opening.version))
         tokens = min(contribution.tokens, self._applier.max_claim)
         encoded, contribution.lost = await asyncio.to_thread(self._encode, opening, contribution.offered)
+        contribution.recall = lambda: self._decode(opening, encoded)
         outcomes = await asyncio.gather(
             *(self._push(opening, index, tokens, data) for index, data in enumerate(encoded)), return_exceptions=True
         )
@@ -262,14 +263,18 @@ class FragmentRounds:
         return {"tokens": tokens, "undelivered": undelivered}
 
     def _encode(self, opening: Opening, offered: torch.Tensor) -> tuple[list[bytes], torch.Tensor]:
-        encoded, said = [], []
+        """(encoded parts, what they do not say of `offered`)."""
+        encoded = []
         for part in opening.parts:
             values = offered[part.start * BLOCK:part.end * BLOCK]
-            fine = self._layout.fine_in(part.start, part.end)
-            data = codec.encode(values, fine, self._bits)
-            encoded.append(data)
-            said.append(codec.decode(data, part.end - part.start, fine, self._bits))
-        return encoded, offered - torch.cat(said)
+            encoded.append(codec.encode(values, self._layout.fine_in(part.start, part.end), self._bits))
+        return encoded, offered - self._decode(opening, encoded)
+
+    def _decode(self, opening: Opening, encoded: list[bytes]) -> torch.Tensor:
+        return torch.cat([
+            codec.decode(data, part.end - part.start, self._layout.fine_in(part.start, part.end), self._bits)
+            for part, data in zip(opening.parts, encoded, strict=True)
+        ])
 
     async def _push(self, opening: Opening, index: int, tokens: int, data: bytes) -> None:
         owner = opening.owner(opening.parts[index])

@@ -7,12 +7,14 @@ may be known to one peer alone; it is then taken after a while, and said. The he
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable
 
 from swarm.averaging.apply import Applier
 from swarm.averaging.context import Context
 from swarm.averaging.download import Wanted, download
+from swarm.averaging.messages import Commit
 from swarm.errors import NetworkError, StateError
 from swarm.events import Warning
 from swarm.network.records import Head
@@ -67,8 +69,8 @@ class Synchroniser:
                 problem = error
                 await asyncio.sleep(0.5)
                 continue
-            absorbed, abandoned = await self._fates(index, donors)
-            await applier.adopt(state, absorbed=absorbed, abandoned=abandoned)
+            absorbed, lost = await self._fates(index, donors)
+            await applier.adopt(state, absorbed=absorbed, lost=lost)
             return
         assert problem is not None
         raise problem
@@ -111,23 +113,26 @@ class Synchroniser:
             return False
         return answer.get("known") is True
 
-    async def _fates(self, index: int, donors: list[str]) -> tuple[list[str], str | None]:
-        """What the donors' history says of this peer's last contributions: (own openings that are in it, digest of the
-        own newest version where another commit took its place)."""
-        applier = self._appliers[index]
-        ledger, me = applier.ledger, self._context.keypair.peer_id
-        version, digest, outstanding = ledger.state.version, ledger.state.digest, ledger.outstanding()
-        mine = applier.history.commit(version)
-        if mine is None and not outstanding:
-            return [], None
-        for donor in donors:
-            try:
-                commits = await applier.commits_of(donor, since=max(0, version - 1))
-            except NetworkError:
-                continue
-            if commits:  # none: it keeps no commits that old
-                absorbed = [c.opening.id for c in commits if c.opening.id in outstanding and c.includes(me)]
-                first = commits[0]
-                replaced = mine is not None and first.opening.version == version and first.hash != mine.hash
-                return absorbed, digest if replaced else None
-        return [], None
+    async def _fates(self, index: int, donors: list[str]) -> tuple[list[str], list[str]]:
+        """Of own openings: (those of unknown fate that are in the downloaded history, those that were in ours and are
+        not in it). Versions that no donor has commits of any more are taken to be common to both."""
+        applier, me = self._appliers[index], self._context.keypair.peer_id
+        outstanding, recent = applier.ledger.outstanding(), applier.ledger.recent()
+        theirs: dict[int, Commit] = {}
+        for version in sorted({*outstanding.values(), *recent.values()}):
+            for donor in donors:
+                if version in theirs:
+                    break
+                with contextlib.suppress(NetworkError):
+                    commits = await applier.commits_of(donor, since=version - 1)
+                    theirs |= {commit.opening.version: commit for commit in commits}
+
+        def has(opening_id: str, version: int) -> bool:
+            commit = theirs.get(version)
+            return commit is not None and commit.opening.id == opening_id and commit.includes(me)
+
+        absorbed = [opening_id for opening_id, version in outstanding.items() if has(opening_id, version)]
+        lost = [
+            opening_id for opening_id, version in recent.items() if version in theirs and not has(opening_id, version)
+        ]
+        return absorbed, lost

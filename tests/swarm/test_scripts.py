@@ -1,4 +1,4 @@
-"""The small programs beside real peers on loopback: watching a swarm, exporting its model, the quickstart as a whole."""
+"""The small programs beside real peers on loopback: watching a swarm, exporting its model, the whole quickstart."""
 
 import json
 import os
@@ -16,13 +16,13 @@ from swarm.network.records import Head, Status
 from swarm.observer import Observer, Seen, ranked
 from tests.swarm.support import peers_in_process, wait_until, write_run
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "scripts"))  # as it is for a script that runs
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))  # as it is for a script that runs
 
 import export
 import monitor
 import quickstart
 
+ROOT = Path(__file__).parents[2]
 NOBODY = "/ip4/127.0.0.1/tcp/1/p2p/12D3KooWDpJ7As7BWAwRMfu1VU2WCqNjvq387JEYKDBj4kx6nXTN"
 KEYS = ["run_id", "peers", "tokens", "tokens_per_s", "loss", "fragments", "peer_list"]
 
@@ -186,7 +186,13 @@ def test_export_evaluates_the_model_as_anybody_would_load_it(pair, capsys, tmp_p
     assert 0 < float(out.split("held-out loss ")[1].split()[0]) < 5.4  # random weights: 5.6
 
 
-@pytest.mark.parametrize("problem", ["no home", "empty home", "no checkpoint", "full folder", "no peer", "no such run"])
+PROBLEMS = {
+    "no home": "there is no home folder", "empty home": "there is no run in", "no checkpoint": "no checkpoint of",
+    "full folder": "not an earlier export", "no peer": "none of the 1 initial peers", "no such run": "cannot read",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("problem", sorted(PROBLEMS))
 def test_export_says_what_is_wrong_and_writes_nothing(pair, capsys, tmp_path, problem):
     out, home = tmp_path / "out", tmp_path / "home"
     source = ["--home", home]
@@ -205,13 +211,9 @@ def test_export_says_what_is_wrong_and_writes_nothing(pair, capsys, tmp_path, pr
         source = ["--initial-peers", NOBODY, "--join-timeout-s", "1.5"]
     elif problem == "no such run":
         source = ["--home", pair.homes[0], "--run-id", "other-0123456789ab"]
-    text = {
-        "no home": "there is no home folder", "empty home": "there is no run in", "no checkpoint": "no checkpoint of",
-        "full folder": "not an earlier export", "no peer": "none of the 1 initial peers", "no such run": "cannot read",
-    }
     assert export.main([str(out), *map(str, source)]) == (2 if problem == "full folder" else 1)
     err = capsys.readouterr().err
-    assert text[problem] in err and "do:" in err and "Traceback" not in err
+    assert PROBLEMS[problem] in err and "do:" in err and "Traceback" not in err
     assert not out.exists() or [path.name for path in out.iterdir()] == ["thesis.txt"]
 
 
@@ -249,7 +251,8 @@ def test_quickstart_trains_exports_and_says_how_a_friend_could_have_joined(capfd
 
 
 @pytest.mark.parametrize(("end", "code", "text"), [
-    (KeyboardInterrupt(), 130, "stopped before the end"), (SystemExit("peer 1 ended with an error"), 1, "peer 1 ended"),
+    (KeyboardInterrupt(), 130, "stopped before the end"),
+    (SystemExit("peer 1 ended with an error"), 1, "peer 1 ended"),
 ])
 def test_quickstart_ends_with_a_clear_word(capsys, tmp_path, monkeypatch, end, code, text):
     def train(*_):

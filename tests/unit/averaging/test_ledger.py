@@ -18,7 +18,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from swarm.averaging import codec
 from swarm.averaging.global_state import GlobalState, initial_state
 from swarm.averaging.layout import Layout, layout_of
-from swarm.averaging.ledger import Contribution, Drift, Gradients, Ledger
+from swarm.averaging.ledger import KEPT_ABSORBED, Contribution, Drift, Gradients, Ledger
 from swarm.model.fragments import FragmentSpec, TensorSpec
 
 LAYOUT = layout_of(FragmentSpec(0, (0, 1), (
@@ -50,6 +50,7 @@ def learn(parameters: dict[str, torch.nn.Parameter], change: torch.Tensor) -> No
 
 @dataclass
 class Offer:
+    key: str
     contribution: Contribution
     base: str
     said: torch.Tensor
@@ -70,6 +71,8 @@ class OnePeer(RuleBasedStateMachine):
         self.trained = 0
         self.offers: dict[str, Offer] = {}
         self.history: list[Offer | None] = []
+        self.jumped_at = 0  # history before this has come by download
+        self.rounding = torch.zeros(LAYOUT.numel, dtype=torch.float64)
         self.newest: tuple[Offer | None, GlobalState] | None = None  # of the commit that can be taken back
 
     def make_work(self) -> Drift | Gradients:
@@ -98,7 +101,8 @@ class OnePeer(RuleBasedStateMachine):
         contribution = self.ledger.contribute(key, self.ledger.state.version + 1)
         said = codec.decode(codec.encode(contribution.offered, 1, self.bits), 3, 1, self.bits)
         contribution.lost = contribution.offered - said
-        self.offers[key] = Offer(contribution, self.ledger.state.digest, said.double())
+        contribution.recall = lambda: said
+        self.offers[key] = Offer(key, contribution, self.ledger.state.digest, said.double())
 
     bits = 4
 
@@ -157,10 +161,26 @@ class OnePeer(RuleBasedStateMachine):
         _, before = self.newest
         keys = self.usable(before) if with_it else []
         absorbed = [data.draw(st.sampled_from(keys))] if keys else []
-        mine = self.ledger.state
-        self.ledger.adopt(self.next_state(mine, versions=2), absorbed=absorbed, abandoned=mine.digest)
-        self.history.pop()
+        newest = self.history.pop()
+        lost = [newest.key] if newest else []
+        self.ledger.adopt(self.next_state(self.ledger.state, versions=2), absorbed=absorbed, lost=lost)
         self.history += [self.offers[key] for key in absorbed]
+        self.jumped()
+
+    @precondition(lambda self: len(self.history) > self.jumped_at)
+    @rule(data=st.data())
+    def adopt_a_history_that_parted_long_ago(self, data: st.DataObject) -> None:
+        """What older commits had absorbed comes back as what others had heard of it: its bytes are all that is kept."""
+        parted_at = data.draw(st.integers(self.jumped_at, len(self.history) - 1))
+        gone = [offer for offer in self.history[parted_at:] if offer is not None]
+        newest = self.newest[0] if self.newest is not None else None
+        self.ledger.adopt(
+            self.next_state(self.ledger.state, versions=5), absorbed=[], lost=[offer.key for offer in gone]
+        )
+        for offer in gone:
+            if offer is not newest:
+                self.rounding += offer.contribution.values.double() - offer.said
+        del self.history[parted_at:]
         self.jumped()
 
     @precondition(lambda self: self.newest is not None and self.newest[0] is not None)
@@ -168,27 +188,30 @@ class OnePeer(RuleBasedStateMachine):
     def adopt_what_names_a_commit_that_was_applied_meanwhile(self) -> None:
         """Between asking what a donor's history absorbed and jumping to it, the same commit may have arrived here."""
         assert self.newest is not None and self.newest[0] is not None
-        key = next(key for key, offer in self.offers.items() if offer is self.newest[0])
-        self.ledger.adopt(self.next_state(self.ledger.state, versions=2), absorbed=[key], abandoned="0" * 64)
+        key = self.newest[0].key
+        self.ledger.adopt(self.next_state(self.ledger.state, versions=2), absorbed=[key], lost=["unheard of"])
         self.jumped()
 
     def jumped(self) -> None:
         self.offers.clear()
         self.newest = None
-        assert self.ledger.previous is None and self.ledger.outstanding() == {}
+        self.jumped_at = len(self.history)
+        assert self.ledger.previous is None and self.ledger.outstanding() == self.ledger.recent() == {}
 
     @invariant()
     def the_books_balance(self) -> None:
         absorbed = [offer for offer in self.history if offer is not None]
         pending = self.trained - sum(offer.contribution.tokens for offer in absorbed)
         assert self.ledger.pending_tokens == pending >= 0
+        recent = [offer.key for offer in self.history[self.jumped_at:] if offer is not None]
+        assert sorted(self.ledger.recent()) == sorted(recent[-KEPT_ABSORBED:])
         probe = self.ledger.contribute("probe", self.ledger.state.version + 1)
         self.ledger.withdraw("probe")
         assert probe.tokens == pending
         self.values_balance(probe, absorbed)
 
     def values_balance(self, probe: Contribution, absorbed: list[Offer]) -> None:
-        drift = self.learnt - sum(offer.contribution.values.double() for offer in absorbed)
+        drift = self.learnt - sum(offer.contribution.values.double() for offer in absorbed) - self.rounding
         assert torch.allclose(probe.values.double(), drift, atol=TOLERANCE), "the drift is what no commit has absorbed"
         assert torch.allclose(
             LAYOUT.flatten(self.parameters).double(), self.ledger.state.weights.double() - drift, atol=TOLERANCE

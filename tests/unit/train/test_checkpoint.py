@@ -153,9 +153,7 @@ def test_a_manifest_that_says_something_else_is_refused(
 
 @settings(max_examples=120, derandomize=True, deadline=None)
 @given(position=st.integers(0, 10**6), bit=st.integers(0, 7), file=st.sampled_from([0, 1, 2]))
-def test_no_flipped_bit_ever_gets_into_the_swarm(
-    tmp_path_factory: pytest.TempPathFactory, position: int, bit: int, file: int
-) -> None:
+def test_no_flipped_bit_ever_gets_into_the_swarm(position: int, bit: int, file: int) -> None:
     """The place in the data has no hash of its own; nothing but this peer's choice of text hangs on it."""
     path = FLIPPED / (["fragment-000.safetensors", "fragment-001.safetensors", MANIFEST][file])
     intact = path.read_bytes()
@@ -203,8 +201,8 @@ def test_things_that_are_no_checkpoints_are_left_alone(folder: Path) -> None:
     (folder / "000007").write_text("a file, not a folder")
     warnings: list[str] = []
     assert same(load(folder, warnings), saved(2)) and warnings == []
-    for version in range(3, 8):
-        checkpoint.write(folder, saved(version)) if version < 6 else None
+    for version in range(3, 6):
+        checkpoint.write(folder, saved(version))
     assert {"notes", "000007"} <= set(names(folder))
 
 

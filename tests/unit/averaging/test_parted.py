@@ -1,0 +1,96 @@
+"""A swarm that was parted comes together again: what only the losing side had committed goes into the next round (I2)."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from swarm.averaging import codec
+from swarm.averaging.global_state import GlobalState, initial_state
+from swarm.averaging.layout import layout_of
+from swarm.averaging.ledger import KEPT_ABSORBED, Drift, Ledger
+from swarm.model.fragments import FragmentSpec, TensorSpec
+
+LAYOUT = layout_of(FragmentSpec(0, (0, 1), (TensorSpec("w", (20, 30), False), TensorSpec("b", (30,), True))))
+BITS = 4
+
+
+class Peer:
+    """One peer's ledger, and an exact record of what it learnt and what it sent."""
+
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(1)
+        self.parameters = {
+            "w": torch.nn.Parameter(torch.randn(20, 30, generator=generator)),
+            "b": torch.nn.Parameter(torch.randn(30, generator=generator)),
+        }
+        self.ledger = Ledger(initial_state(0, LAYOUT.flatten(self.parameters), 1), Drift(LAYOUT, self.parameters))
+        self.learnt = torch.zeros(LAYOUT.numel, dtype=torch.float64)
+        self.generator = generator
+
+    def train(self, tokens: int) -> None:
+        step = {name: torch.randn(p.shape, generator=self.generator) * 0.01 for name, p in self.parameters.items()}
+        with torch.no_grad():
+            for name, change in step.items():
+                self.parameters[name] -= change
+        self.learnt += LAYOUT.flatten(step).double()
+        self.ledger.trained(tokens)
+
+    def commit(self, key: str) -> torch.Tensor:
+        """A round of which this peer's contribution is a part; returns what it told the others."""
+        contribution = self.ledger.contribute(key, self.ledger.state.version + 1)
+        data = codec.encode(contribution.offered, LAYOUT.num_fine_blocks, BITS)
+        said = codec.decode(data, LAYOUT.num_blocks, LAYOUT.num_fine_blocks, BITS)
+        contribution.lost = contribution.offered - said
+        contribution.recall = lambda: codec.decode(data, LAYOUT.num_blocks, LAYOUT.num_fine_blocks, BITS)
+        self.ledger.apply(self.state(self.ledger.state.weights - said, contribution.tokens), key, included=True)
+        return said.double()
+
+    def state(self, weights: torch.Tensor, tokens: int) -> GlobalState:
+        old = self.ledger.state
+        return GlobalState(0, old.version + 1, old.tokens + tokens, weights, old.buffers)
+
+    def offers(self) -> torch.Tensor:
+        probe = self.ledger.contribute("probe", self.ledger.state.version + 1)
+        self.ledger.withdraw("probe")
+        return probe.offered.double()
+
+
+def other_weights() -> torch.Tensor:
+    """What the winning side has come to; the padding is zero everywhere, always."""
+    return LAYOUT.flatten({"w": torch.randn(20, 30), "b": torch.randn(30)})
+
+
+@pytest.mark.parametrize("num_lost", [1, 2, 5])
+def test_commits_of_the_losing_side_go_back_into_the_drift(num_lost: int) -> None:
+    peer = Peer()
+    said = []
+    for number in range(5):
+        peer.train(100)
+        said.append(peer.commit(f"opening {number}"))
+    peer.train(7)
+    lost = [f"opening {number}" for number in range(5 - num_lost, 5)]
+    assert set(lost) <= set(peer.ledger.recent())
+    peer.ledger.adopt(peer.state(other_weights(), 10_000), absorbed=[], lost=lost)
+    assert peer.ledger.pending_tokens == 7 + 100 * num_lost
+    heard = sum(said[:5 - num_lost], torch.zeros(LAYOUT.numel, dtype=torch.float64))
+    assert torch.allclose(peer.offers(), peer.learnt - heard, atol=1e-5), "nothing lost, nothing said twice"
+
+
+def test_a_common_history_takes_nothing_back() -> None:
+    peer = Peer()
+    peer.train(100)
+    said = peer.commit("opening")
+    peer.ledger.adopt(peer.state(other_weights(), 10_000), absorbed=[], lost=[])
+    assert peer.ledger.pending_tokens == 0
+    assert torch.allclose(peer.offers(), peer.learnt - said, atol=1e-5)
+    assert peer.ledger.recent() == {}, "what is common to both sides is settled for good"
+
+
+def test_it_remembers_a_bounded_number_of_commits() -> None:
+    peer = Peer()
+    for number in range(KEPT_ABSORBED + 5):
+        peer.train(1)
+        peer.commit(f"opening {number}")
+    assert len(peer.ledger.recent()) == KEPT_ABSORBED
+    assert f"opening {KEPT_ABSORBED + 4}" in peer.ledger.recent()
