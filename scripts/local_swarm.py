@@ -36,6 +36,8 @@ class LocalPeer:
     newest: dict[str, dict[str, Any]] = field(default_factory=dict)
     heads: dict[int, tuple[int, str]] = field(default_factory=dict)
     """fragment -> (version, digest)"""
+    digests: dict[tuple[int, int], str] = field(default_factory=dict)
+    """(fragment, version) -> digest, of all rounds it applied"""
     warnings: list[str] = field(default_factory=list)
     stderr: list[str] = field(default_factory=list)
 
@@ -43,6 +45,7 @@ class LocalPeer:
         self.newest[event["event"]] = event
         if event["event"] == "round":
             self.heads[event["fragment"]] = (event["version"], event["digest"])
+            self.digests[event["fragment"], event["version"]] = event["digest"]
         elif event["event"] == "warning":
             self.warnings.append(event["text"])
 
@@ -147,14 +150,18 @@ def summary(swarm: LocalSwarm, seconds: float) -> dict[str, Any]:
         "loss": swarm.peers[0].last("progress", "loss", None),
         "versions": [version for version, _ in newest],
         "digests": [digest for _, digest in newest],
-        "digests_agree": all(
-            len({p.heads[f] for p in swarm.peers if f in p.heads}) == 1 for f in fragments
-        ),
+        "digests_agree": agree(swarm.peers),
         "bytes_sent": [peer.last("progress", "bytes_sent") for peer in swarm.peers],
         "left": [peer.last("left", "reason", None) for peer in swarm.peers],
         "warnings": [warning for peer in swarm.peers for warning in peer.warnings],
         "homes": [str(peer.home) for peer in swarm.peers],
     }
+
+
+def agree(peers: list[LocalPeer]) -> bool:
+    """Whenever two of them applied the same version of a fragment, they came to the same digest."""
+    keys = {key for peer in peers for key in peer.digests}
+    return all(len({peer.digests[key] for peer in peers if key in peer.digests}) == 1 for key in keys)
 
 
 def line(swarm: LocalSwarm, began: float) -> str:
@@ -186,8 +193,8 @@ def main(argv: list[str] | None = None) -> int:
     if options.json:
         print(json.dumps(result))
     else:
-        agree = "all peers agree" if result["digests_agree"] else "the peers DISAGREE"
-        print(f"{result['tokens']:,} tokens in {result['seconds']:.0f} s; versions {result['versions']}: {agree}")
+        verdict = "all peers agree" if result["digests_agree"] else "the peers DISAGREE"
+        print(f"{result['tokens']:,} tokens in {result['seconds']:.0f} s; versions {result['versions']}: {verdict}")
     return 0 if result["digests_agree"] else 1
 
 

@@ -181,7 +181,7 @@ class Ledger:
         self.state, self._applied = applied.before, None
 
     def adopt(self, state: GlobalState, *, absorbed: Sequence[str], lost: Sequence[str] = ()) -> None:
-        """Jump to a downloaded state, keeping the drift. Of this peer's own openings, `absorbed`: those of unknown fate
+        """Jump to a downloaded state, keeping the drift. Of this peer's own openings, `absorbed`: of unknown fate, those
         that are in its history after all; `lost`: those that are in ours but not in its history (the swarm was parted,
         and the other side had trained more). What was lost goes back into the drift, and so into the next round."""
         if self._applied is not None and self._applied.opening_id in lost:

@@ -32,6 +32,8 @@ class Synchroniser:
         self._context, self._appliers = context, appliers
         self.on_progress: Callable[[int, int], None] = lambda done, total: None
         """bytes done and in all, of the fragment that is being downloaded"""
+        self.attested_by_one = False
+        """some state rests on the word of one peer, because there was no other to ask"""
 
     async def join(self) -> int:
         """Bring every fragment to the swarm's newest head; returns the number of fragments that were downloaded.
@@ -95,11 +97,11 @@ class Synchroniser:
                 alone = len(knowing) < min(2, len(heads))
                 if alone and loop.time() < deadline:
                     continue
-                if alone or len(heads) == 1:
+                if alone:
                     self._context.emit(Warning(
-                        f"fragment {index}: version {head.version} is attested by one peer only"
-                        + ("" if alone else ", there is no other to ask")
+                        f"fragment {index}: only one peer knows version {head.version}; took it, because nobody has more"
                     ))
+                self.attested_by_one = self.attested_by_one or len(knowing) == 1
                 return head, knowing
             await asyncio.sleep(0.3)
 

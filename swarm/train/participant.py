@@ -31,7 +31,7 @@ from swarm.network import join, reachability
 from swarm.network.keys import Keypair, friendly_name
 from swarm.network.maddr import host_and_port, join_command, peer_id_of
 from swarm.network.network import Network
-from swarm.network.records import Status
+from swarm.network.records import Head, Status
 from swarm.train import checkpoint, run_source
 from swarm.train.boundary import Boundary
 from swarm.train.checkpoint import Checkpoint
@@ -181,15 +181,16 @@ class Participant:
             trusted = [True] * len(trusted)
             self._saved_stream = saved.stream
             run_source.load_states(self.held, saved.states)
-        downloaded, alone = self.network.run(self._synchronise(trusted))
+        downloaded = self.network.run(self._synchronise(trusted))
         assert self.averager is not None
         versions = ", ".join(str(state.version) for state in self.averager.states())
         origin = f"downloaded {_count(downloaded, 'fragment')} from others" if downloaded else (
             "from this peer's checkpoint" if saved is not None else "the run's start, drawn from its seed"
         )
-        self._check("state", f"versions {versions}: {origin}" + (", alone" if alone else ""), began)
+        one = ", on the word of the only one there" if self.averager.synchroniser.attested_by_one else ""
+        self._check("state", f"versions {versions}: {origin}{one}", began)
 
-    async def _synchronise(self, trusted: list[bool]) -> tuple[int, bool]:
+    async def _synchronise(self, trusted: list[bool]) -> int:
         held, network = self.held, self.network
         assert held is not None
         context = Context(
@@ -198,8 +199,7 @@ class Participant:
         parameters = dict(held.model.named_parameters())
         self.averager = Averager(context, held.layouts, held.states, parameters)
         self.averager.trust(trusted)
-        downloaded = await self.averager.synchroniser.join()
-        return downloaded, not network.directory.alive()
+        return await self.averager.synchroniser.join()
 
     def _load_data(self) -> None:
         assert self.held is not None
@@ -344,13 +344,9 @@ class Participant:
         await averager.settle(deadline_s=SETTLE_S)
         loop = asyncio.get_running_loop()
         deadline = loop.time() + HAND_OVER_S
-        while loop.time() < deadline:  # who owned a part of the last rounds stays until everybody has it
+        while loop.time() < deadline:
             await asyncio.gather(*(directory.tell(peer_id) for peer_id in directory.alive()))
-            behind = [
-                peer_id for peer_id, status in directory.alive().items()
-                if any(theirs.tokens < ours.tokens for theirs, ours in zip(status.heads, averager.heads(), strict=False))
-            ]
-            if not behind:
+            if not any(_needs_us(status, averager.heads()) for status in directory.alive().values()):
                 break
             await asyncio.sleep(0.3)
         return max(averager.pending(), default=0)
@@ -372,6 +368,12 @@ class Participant:
     def _remember(self, maddrs: list[str]) -> None:
         with contextlib.suppress(HomeError):  # a full disk: the address book is a convenience
             self.home.remember(maddrs)
+
+
+def _needs_us(status: Status, heads: list[Head]) -> bool:
+    """Somebody lacks a round that we are part of, or leaves as well and has not finished: stay a moment longer."""
+    behind = any(theirs.tokens < ours.tokens for theirs, ours in zip(status.heads, heads, strict=False))
+    return behind or (status.leaving and any(status.pending))
 
 
 def _count(number: int, what: str) -> str:

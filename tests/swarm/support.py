@@ -56,9 +56,8 @@ class InProcessPeer:
         self.events: list[Event] = []
         bus = Bus()
         bus.listen(self.events.append)
-        self.config = PeerConfig(
-            home=str(home), listen=["/ip4/127.0.0.1/tcp/0"], device="cpu", threads=1, **config,  # type: ignore[arg-type]
-        )
+        mine = {"home": str(home), "listen": ["/ip4/127.0.0.1/tcp/0"], "device": "cpu", "threads": 1}
+        self.config = PeerConfig(**{**mine, **config})  # type: ignore[arg-type]
         self.home = Home.open(home)
         self.participant = Participant(self.config, self.home, bus)
 

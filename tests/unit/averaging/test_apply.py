@@ -61,7 +61,8 @@ class Peer:
     def train(self, tokens: int) -> None:
         self.trained += tokens
         generator = torch.Generator().manual_seed(self.trained)
-        change = self.layout.flatten({n: torch.randn(p.shape, generator=generator) for n, p in self.parameters.items()})
+        noise = {name: torch.randn(p.shape, generator=generator) for name, p in self.parameters.items()}
+        change = self.layout.flatten(noise)
         with torch.no_grad():
             for name, values in self.layout.views(change * 1e-3):
                 self.parameters[name].add_(values)
@@ -127,7 +128,8 @@ def commit_of(members: list[Peer], contributors: list[Peer], *, nonce: int = 0) 
         offer.lost = offer.offered - received[peer.id]
         offer.recall = partial(codec.decode, data, *shape, bits)
     data, _ = reduce_part(received, tokens, torch.zeros(layout.numel), num_fine=layout.num_fine_blocks, bits=bits)
-    listed = [Contributor(member=members.index(p), tokens=tokens[p.id]) for p in sorted(contributors, key=members.index)]
+    in_order = sorted(contributors, key=members.index)
+    listed = [Contributor(member=members.index(peer), tokens=tokens[peer.id]) for peer in in_order]
     digest = opener.context.results.put(data)
     signature = opener.key.sign(result_message(opening.id, 0, listed, digest)).hex()
     return make_commit(opener.key, opening, listed, [PartResult(hash=digest, signature=signature)])
@@ -300,6 +302,39 @@ def test_the_loser_of_a_fork_moves_over_and_loses_nothing(peers: list[Peer], was
         if not was_in_the_other:
             assert torch.allclose(lone.drift(), lone.learnt, atol=1e-5)
         assert not lone.applier.history.knows(1, "0" * 64) and lone.applier.history.knows(*a.head)
+
+    play(scene())
+
+
+@pytest.mark.parametrize("alone", [2, 5])
+def test_a_parted_swarm_comes_together_and_loses_no_token(peers: list[Peer], alone: int) -> None:
+    """Two went on by themselves for some rounds; the other two trained more. All that was learnt is in the end in one
+    history, or in a drift."""
+    async def scene() -> None:
+        left, right = peers[:2], peers[2:]
+        for peer in peers:
+            peer.train(10)
+        await consider(commit_of(peers, peers), *peers)
+        for _ in range(alone):
+            for peer in right:
+                peer.train(5)
+            await consider(commit_of(right, right), *right)
+            for peer in left:
+                peer.train(20)
+            await consider(commit_of(left, left), *left)
+        for peer in right:
+            assert peer.ledger.pending_tokens == 0
+            peer.train(3)
+            assert not await peer.applier.catch_up(left[0].id)
+            await Synchroniser(peer.context, [peer.applier]).download(0)
+            assert peer.head == left[0].head
+            assert peer.ledger.pending_tokens == 5 * alone + 3
+        pending = sum(peer.ledger.pending_tokens for peer in peers)
+        assert left[0].ledger.state.tokens + pending == sum(peer.trained for peer in peers)
+        await consider(commit_of(peers, right), *peers)
+        assert {peer.ledger.pending_tokens for peer in peers} == {0}
+        assert left[0].ledger.state.tokens == sum(peer.trained for peer in peers)
+        assert {peer.head for peer in peers} == {left[0].head}
 
     play(scene())
 

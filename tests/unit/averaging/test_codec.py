@@ -37,8 +37,8 @@ def quanta(values: torch.Tensor, num_fine: int, bits: int) -> torch.Tensor:
 
 
 def assert_within_bounds(values: torch.Tensor, num_fine: int, bits: int) -> None:
-    """Half a quantum (of a scale that fp16 has rounded); blocks under 2^-14 of the largest lose more of their own size,
-    never more than that of fp16's smallest step of the largest."""
+    """Half a quantum (of a scale that fp16 has rounded); blocks under 2^-14 of the largest lose more for their size,
+    never more than fp16's smallest step of the largest."""
     said = round_trip(values, num_fine, bits).double().view(-1, BLOCK)
     error = (said - values.double().view(-1, BLOCK)).abs().amax(dim=1)
     quantum = quanta(values, num_fine, bits)

@@ -33,7 +33,8 @@ def wanted_of(state: GlobalState) -> Wanted:
     return Wanted(state.fragment, state.digest, state.weights.numel(), len(state.buffers))
 
 
-Fault = Callable[[str, dict[str, Any], tuple[dict[str, Any], bytes]], tuple[dict[str, Any], bytes]]
+Answer = tuple[dict[str, Any], bytes]
+Fault = Callable[[str, dict[str, Any], Answer], Answer]
 
 
 class Wire:
@@ -91,7 +92,7 @@ def same_bits(one: GlobalState, other: GlobalState) -> bool:
 def dying_after(chunks: int) -> Fault:
     left = [chunks]
 
-    def fault(method: str, header: dict[str, Any], answer: tuple[dict[str, Any], bytes]) -> tuple[dict[str, Any], bytes]:
+    def fault(method: str, header: dict[str, Any], answer: Answer) -> Answer:
         if method == "chunk":
             left[0] -= 1
             if left[0] < 0:
@@ -101,7 +102,7 @@ def dying_after(chunks: int) -> Fault:
     return fault
 
 
-def lying(method: str, header: dict[str, Any], answer: tuple[dict[str, Any], bytes]) -> tuple[dict[str, Any], bytes]:
+def lying(method: str, header: dict[str, Any], answer: Answer) -> Answer:
     return (answer[0], bytes([answer[1][0] ^ 1]) + answer[1][1:]) if method == "chunk" else answer
 
 
@@ -141,7 +142,7 @@ def test_a_donor_that_lies_is_dropped() -> None:
 
 @pytest.mark.parametrize("change", [lambda data: data[:-1], lambda data: data + b"x", lambda data: b""])
 def test_chunks_of_a_wrong_length_are_lies(change: Callable[[bytes], bytes]) -> None:
-    def fault(method: str, header: dict[str, Any], answer: tuple[dict[str, Any], bytes]) -> tuple[dict[str, Any], bytes]:
+    def fault(method: str, header: dict[str, Any], answer: Answer) -> Answer:
         return (answer[0], change(answer[1])) if method == "chunk" else answer
 
     state = state_of()
@@ -172,8 +173,8 @@ def test_when_nobody_has_it_there_is_an_error(donors: list[str]) -> None:
         fetch(Wire({"other": donor_of(state_of(8))}), wanted_of(state), donors)
 
 
-def manifest_fault(change: Callable[[dict[str, Any], bytes], tuple[dict[str, Any], bytes]]) -> Fault:
-    def fault(method: str, header: dict[str, Any], answer: tuple[dict[str, Any], bytes]) -> tuple[dict[str, Any], bytes]:
+def manifest_fault(change: Callable[[dict[str, Any], bytes], Answer]) -> Fault:
+    def fault(method: str, header: dict[str, Any], answer: Answer) -> Answer:
         return change(*answer) if method == "state" else answer
 
     return fault

@@ -74,7 +74,7 @@ def test_the_owner_of_a_part_says_everything_in_the_end(bits: int) -> None:
 
 
 def test_both_sides_together() -> None:
-    """Three senders and an owner with four bits each way, as in a round: the average of the averages is the true one."""
+    """Three senders and an owner with four bits each way, as in a round: the sum of the averages is the true one."""
     names = "abc"
     sender = {name: torch.zeros(NUM_BLOCKS * BLOCK) for name in names}
     owner = torch.zeros(NUM_BLOCKS * BLOCK)

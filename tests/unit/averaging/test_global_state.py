@@ -25,7 +25,9 @@ fixed = settings(max_examples=40, derandomize=True, deadline=None)
 PER_CHUNK = CHUNK_BYTES // 4
 
 
-def state_of(numel: int, num_buffers: int = 1, *, fragment: int = 2, version: int = 7, tokens: int = 900) -> GlobalState:
+def state_of(
+    numel: int, num_buffers: int = 1, *, fragment: int = 2, version: int = 7, tokens: int = 900
+) -> GlobalState:
     generator = torch.Generator().manual_seed(numel)
     tensors = [torch.randn(numel, generator=generator) for _ in range(1 + num_buffers)]
     return GlobalState(fragment, version, tokens, tensors[0], tuple(tensors[1:]))

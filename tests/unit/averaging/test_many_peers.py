@@ -140,7 +140,7 @@ def test_fp32_and_a_plain_average_is_the_weighted_mean_of_the_working_weights(
 def test_what_is_learnt_survives_quantising_both_ways(
     make_run: Callable[..., RunConfig], swarm_of: Callable[[int], list[Peer]], bits: int
 ) -> None:
-    """A plain average of equal peers: start + mean of all learning = global weights + what the feedbacks still hold."""
+    """A plain average of equal peers: start + mean of all learning = global weights + what feedbacks still hold."""
     run = make_run({"total_tokens": 10**9}, bits=bits, outer_learning_rate=1.0, outer_momentum=0.0)
     peers = swarm_of(4)
     start = peers[0].ledger.state.weights.double()

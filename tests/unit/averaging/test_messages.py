@@ -88,7 +88,9 @@ def test_members_are_named_once_and_owners_are_members(signed_commit: MakeCommit
     {"parts": [{"start": 0, "end": 5, "owner": MAX_MEMBERS}]}, {"parts": [{"start": 0, "end": 5}]},
     {"members": None}, {"parts": "none"},
 ])
-def test_an_opening_that_does_not_fit_its_schema_is_refused(signed_commit: MakeCommit, changes: dict[str, Any]) -> None:
+def test_an_opening_that_does_not_fit_its_schema_is_refused(
+    signed_commit: MakeCommit, changes: dict[str, Any]
+) -> None:
     with pytest.raises(BadMessage, match="malformed Opening"):
         opening_with(signed_commit(), **changes)
 
@@ -136,6 +138,9 @@ def test_forged_signatures_are_refused(signed_commit: MakeCommit) -> None:
     swapped = commit.model_copy(update={"results": commit.results[::-1]})
     with pytest.raises(BadMessage, match="owner did not sign"):
         check(swapped)
+    both = signed_commit(owners=(0, 0))  # also where one member owns both parts
+    with pytest.raises(BadMessage, match="owner did not sign"):
+        check(both.model_copy(update={"results": both.results[::-1]}))
 
 
 def test_signatures_of_another_round_cannot_be_used_again(signed_commit: MakeCommit) -> None:

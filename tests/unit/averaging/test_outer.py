@@ -59,7 +59,7 @@ def test_nesterov_equals_torch_sgd(make_run: MakeRun) -> None:
 
 
 def test_every_operation_is_rounded_on_its_own(make_run: MakeRun) -> None:
-    """The same bits as numpy's fp32, one operation after the other: no kernel has fused a multiplication and an add."""
+    """The same bits as numpy's fp32, one operation after the other: no kernel has fused a multiply and an add."""
     run = make_run({"total_tokens": 10**9}, outer_learning_rate=0.7, outer_momentum=0.9)
     weights, momentum, average = vector(1), vector(2), vector(3)
     new, buffers = outer.apply(step_of(run, 3, 5, 6), weights, [momentum], average, torch.ones(N))

@@ -1,4 +1,4 @@
-"""A swarm that was parted comes together again: what only the losing side had committed goes into the next round (I2)."""
+"""A swarm that was parted comes together: what only the losing side had committed goes into the next round (I2)."""
 
 from __future__ import annotations
 

@@ -93,7 +93,9 @@ def test_the_dead_are_neither_asked_nor_kept() -> None:
 
 @settings(max_examples=80, derandomize=True, deadline=None)
 @given(st.integers(0, 10**9), st.floats(0, 1e9), st.floats(0, 100), st.floats(0, 100))
-def test_an_estimate_never_shrinks_by_itself_and_is_bounded(pending: int, speed: float, one: float, two: float) -> None:
+def test_an_estimate_never_shrinks_by_itself_and_is_bounded(
+    pending: int, speed: float, one: float, two: float
+) -> None:
     progress = Progress()
     heard(progress, "a", pending=pending, speed=speed)
     early, late = (progress.pending(["a"], now=now)["a"] for now in sorted((one, two)))

@@ -143,7 +143,7 @@ def test_the_gradient_is_clipped_by_fragment(model: PreTrainedModel) -> None:
     inner.clip()
     for names in groups:
         assert norm_of(model, names) == pytest.approx(0.05, rel=1e-3)
-        factors = {round(float((gradients_of(model)[n].norm() / before[n].norm())), 5) for n in names}
+        factors = {round(float(gradients_of(model)[n].norm() / before[n].norm()), 5) for n in names}
         assert len(factors) == 1, "one factor for the whole fragment"
 
 
