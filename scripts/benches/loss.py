@@ -28,7 +28,7 @@ from swarm.data.tokenizer import load_tokenizer
 from swarm.host.presets import preset_path
 from swarm.model.evaluate import held_out_loss
 from swarm.train.inner import InnerOptimizer
-from swarm.train.run_source import Held, hold
+from swarm.train.run_source import Held, hold, load_states
 
 NAME = "loss"
 HELP = "held-out loss by bits on the wire, same seeds and tokens"
@@ -56,7 +56,9 @@ class Simulation:
 
     def _peer(self, held: Held, name: str, tokens: torch.Tensor) -> Peer:
         parameters = dict(held.model.named_parameters())
-        ledgers = [Ledger(state, Drift(layout, parameters)) for state, layout in zip(held.states, held.layouts, strict=True)]
+        ledgers = [
+            Ledger(state, Drift(layout, parameters)) for state, layout in zip(held.states, held.layouts, strict=True)
+        ]
         stream = PackedStream(tokens, sequence_length=self.run.train.sequence_length, seed=self.run.seed, reader=name)
         return Peer(held, InnerOptimizer(held.model, held.fragments, self.run), ledgers, stream, {})
 
@@ -151,7 +153,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     sequences = held_out_batches(
         tokenise(held_out_text, tokenizer), sequence_length=run.train.sequence_length, num_sequences_max=400
     )
-    settings = {key: float(value) if "." in value else int(value) for key, value in (s.split("=") for s in options.set)}
+    pairs = (setting.split("=") for setting in options.set)
+    settings = {key: float(value) if "." in value else int(value) for key, value in pairs}
     losses: dict[int, list[float]] = {bits: [] for bits in options.bits}
     for seed in range(seeds):
         for bits in options.bits:
@@ -164,7 +167,10 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     rows = {
         str(bits): {
             "median": statistics.median(values), "min": min(values), "max": max(values), "losses": values,
-            "gap_percent": [round(100 * (v / base - 1), 3) for v, base in zip(values, losses[options.bits[0]], strict=True)],
+            "gap_percent": [
+                round(100 * (value / base - 1), 3)
+                for value, base in zip(values, losses[options.bits[0]], strict=True)
+            ],
         }
         for bits, values in losses.items()
     }
@@ -183,8 +189,6 @@ def one(run: RunConfig, tokens: torch.Tensor, sequences: torch.Tensor, *, num_pe
             print(f"  {simulation.tokens:,} tokens  {simulation.tokens / (shown - began):,.0f} tok/s", flush=True)
     simulation.finish()
     held = simulation.peers[0].held
-    from swarm.train.run_source import load_states
-
     load_states(held, [ledger.state for ledger in simulation.peers[0].ledgers])
     return held_out_loss(held.model, sequences)
 

@@ -8,6 +8,7 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -20,6 +21,8 @@ import pytest
 
 from scripts.local_swarm import LocalPeer, LocalSwarm
 from swarm import cli
+from swarm.host.home import Home
+from swarm.network.keys import Keypair
 from tests.swarm.support import write_run
 
 START_S = 60.0
@@ -106,7 +109,7 @@ def leave(swarm: LocalSwarm, peer: LocalPeer) -> None:
     traces.assert_gone()
 
 
-def start_twin(swarm: LocalSwarm, home: Path, *arguments: str) -> subprocess.Popen[str]:
+def start_twin(home: Path, *arguments: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "swarm.peer", "--home", str(home), "--listen", "/ip4/127.0.0.1/tcp/0", *arguments]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
@@ -126,7 +129,7 @@ def test_a_life_from_the_first_start_to_sigkill(folder: Path) -> None:
         )  # fmt: skip
 
         shutil.copytree(first.home, folder / "twin", ignore=shutil.ignore_patterns("lock", "p2p-*", ".*.tmp"))
-        twin = start_twin(swarm, folder / "twin", "--initial-peers", *second.last("ready", "maddrs"))
+        twin = start_twin(folder / "twin", "--initial-peers", *second.last("ready", "maddrs"))
         swarm.wait_for(lambda: twin.poll() is not None, timeout_s=START_S, what="the twin to be refused")
         said = twin.communicate()[1]
         assert twin.returncode == 1 and "identity" in said and "--home" in said and "Traceback" not in said, said
@@ -179,20 +182,23 @@ def test_a_life_from_the_first_start_to_sigkill(folder: Path) -> None:
 
 
 def test_until_tokens_all_leave_with_the_same_weights(folder: Path) -> None:
-    until = ["--until-tokens", "40k"]
-    with LocalSwarm(folder) as swarm:
-        first = swarm.start_peer("--new-swarm", "--run", str(write_run(folder)), "--until-tokens", "40k")
-        ready(swarm, first)
+    with Home.open(folder / "peer-0") as home:
+        peer_id = Keypair(home.key_bytes()).peer_id
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        place = f"/ip4/127.0.0.1/tcp/{probe.getsockname()[1]}"
+    until = ["--until-tokens", "100k"]
+    with LocalSwarm(folder) as swarm:  # all three start at the same moment, or the first would be there alone
+        swarm.start_peer("--new-swarm", "--run", str(write_run(folder)), "--listen", place, *until)
         for _ in range(2):
-            swarm.start_peer("--initial-peers", *first.last("ready", "maddrs"), *until)
-        swarm.wait_for(lambda: not swarm.running(), timeout_s=2 * START_S, what="40,000 tokens")
+            swarm.start_peer("--initial-peers", f"{place}/p2p/{peer_id}", *until)
+        swarm.wait_for(lambda: not swarm.running(), timeout_s=2 * START_S, what="100,000 tokens")
         while swarm.pump():
             pass
         assert [peer.process.returncode for peer in swarm.peers] == [0, 0, 0]
         for peer in swarm.peers:
             assert re.fullmatch("the swarm has trained [0-9]+ tokens", peer.last("left", "reason"))
-            assert checkpoint_of(peer) == checkpoint_of(first), "one truth"
-        assert min(entry["tokens"] for entry in checkpoint_of(first)) >= 40_000
+            assert checkpoint_of(peer) == checkpoint_of(swarm.peers[0]), "one truth"
+        assert min(entry["tokens"] for entry in checkpoint_of(swarm.peers[0])) >= 100_000
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--print-config"]])

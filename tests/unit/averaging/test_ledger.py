@@ -99,6 +99,9 @@ class OnePeer(RuleBasedStateMachine):
         self.trained += tokens
 
     @rule(tokens=st.integers(0, 500))
+    def contribute_some(self, tokens: int) -> None:
+        self.contribute(tokens)
+
     def contribute(self, tokens: int) -> None:
         if tokens:
             self.train(tokens)
@@ -122,6 +125,12 @@ class OnePeer(RuleBasedStateMachine):
     @rule(data=st.data())
     def commit_with_it(self, data: st.DataObject) -> None:
         self.commit(data.draw(st.sampled_from(self.usable(self.ledger.state))), included=True)
+
+    @rule(count=st.integers(2, 4), tokens=st.integers(1, 500))
+    def some_rounds(self, count: int, tokens: int) -> None:
+        for _ in range(count):
+            self.contribute(tokens)
+            self.commit(next(reversed(self.offers)), included=True)
 
     @rule(data=st.data())
     def commit_without_it(self, data: st.DataObject) -> None:
@@ -250,7 +259,7 @@ class OneSyncPeer(OnePeer):
         assert torch.equal(LAYOUT.flatten(self.parameters), self.ledger.state.weights)
 
 
-machine = settings(max_examples=150, stateful_step_count=40, derandomize=True, deadline=None)
+machine = settings(max_examples=100, stateful_step_count=30, derandomize=True, deadline=None)
 TestOnePeer = OnePeer.TestCase
 TestOnePeer.settings = machine
 TestOneSyncPeer = OneSyncPeer.TestCase
