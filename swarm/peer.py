@@ -1,4 +1,4 @@
-"""python -m swarm.peer: start a run, join one, or resume. The composition root: reads config, builds the parts, runs them.
+"""python -m swarm.peer: start a run, join one, or resume. The composition root: reads config, builds the parts, runs.
 
 The first Ctrl+C (or SIGTERM) finishes: the contribution at hand goes into a round and state is handed over. The second
 stops now. Exit codes: 0 done, 1 a stated error, 2 usage.

@@ -136,10 +136,11 @@ class Ledger:
     def trained(self, tokens: int) -> None:
         self.pending_tokens += tokens
 
-    def contribute(self, opening_id: str, version: int) -> Contribution:
-        """Take a copy of what is pending. Nothing changes until a commit says that it was absorbed."""
+    def contribute(self, opening_id: str, version: int, *, max_tokens: int = 2**40) -> Contribution:
+        """Take a copy of what is pending. Nothing changes until a commit says that it was absorbed. Tokens over
+        `max_tokens`, the most that one contribution may claim, are claimed in the next."""
         values = self._work.learnt(self.state.weights)
-        contribution = Contribution(version, self.pending_tokens, values, values + self._feedback)
+        contribution = Contribution(version, min(self.pending_tokens, max_tokens), values, values + self._feedback)
         self._contributions[opening_id] = contribution
         return contribution
 
@@ -181,7 +182,7 @@ class Ledger:
         self.state, self._applied = applied.before, None
 
     def adopt(self, state: GlobalState, *, absorbed: Sequence[str], lost: Sequence[str] = ()) -> None:
-        """Jump to a downloaded state, keeping the drift. Of this peer's own openings, `absorbed`: of unknown fate, those
+        """Move to a downloaded state, keep the drift. Of this peer's own openings, `absorbed`: of unknown fate, those
         that are in its history after all; `lost`: those that are in ours but not in its history (the swarm was parted,
         and the other side had trained more). What was lost goes back into the drift, and so into the next round."""
         if self._applied is not None and self._applied.opening_id in lost:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from swarm.averaging.messages import Commit
 
 MAX_EXTRAPOLATION_S = 3.0
+STALE_S = 2.5
+"""a status takes no longer than this to arrive"""
 
 
 @dataclass
@@ -34,8 +36,8 @@ class Progress:
         self, peer_id: str, *, version: int, digest: str, pending: int, tokens_per_s: float, leaving: bool, now: float
     ) -> None:
         known = self._entries.get(peer_id)
-        if known is not None and known.version > version:
-            return  # sent before a commit that it is known to be part of
+        if known is not None and known.version > version and now - known.heard_at < STALE_S:
+            return  # sent before a commit that it is known to be part of (later it means that it went back)
         self._entries[peer_id] = _Entry(version, digest, pending, tokens_per_s, now, leaving)
 
     def committed(self, commit: Commit, digest: str, *, now: float) -> None:

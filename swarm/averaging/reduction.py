@@ -35,7 +35,7 @@ def _clip_scales(contributions: Mapping[str, torch.Tensor], tokens: Mapping[str,
     # drift grows between the square root of the steps (noise) and the steps (signal): compare per root
     norms = {peer_id: float(values.norm()) / tokens[peer_id] ** 0.5 for peer_id, values in contributions.items()}
     limit = NORM_LIMIT * statistics.median(norms.values())
-    return {peer_id: min(1.0, limit / norm) if norm > 0 else 1.0 for peer_id, norm in norms.items()}
+    return {peer_id: min(1.0, limit / norm) if norm > 0 and limit > 0 else 1.0 for peer_id, norm in norms.items()}
 
 
 def reduce_part(

@@ -245,8 +245,10 @@ class FragmentRounds:
         ledger = self._applier.ledger
         if ledger.pending_tokens == 0:
             return {"tokens": 0, "undelivered": []}
-        contribution = await self._context.at_boundary(lambda: ledger.contribute(opening.id, opening.version))
-        tokens = min(contribution.tokens, self._applier.max_claim)
+        contribution = await self._context.at_boundary(
+            lambda: ledger.contribute(opening.id, opening.version, max_tokens=self._applier.max_claim)
+        )
+        tokens = contribution.tokens
         encoded, contribution.lost = await asyncio.to_thread(self._encode, opening, contribution.offered)
         contribution.recall = lambda: self._decode(opening, encoded)
         outcomes = await asyncio.gather(

@@ -99,7 +99,7 @@ class Synchroniser:
                     continue
                 if alone:
                     self._context.emit(Warning(
-                        f"fragment {index}: only one peer knows version {head.version}; took it, because nobody has more"
+                        f"fragment {index}: only one peer knows version {head.version}; took it, nobody has more"
                     ))
                 self.attested_by_one = self.attested_by_one or len(knowing) == 1
                 return head, knowing

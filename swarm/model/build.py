@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from safetensors import SafetensorError
@@ -43,6 +43,10 @@ NOISE = frozenset(
     {"transformers_version", "_name_or_path", "torch_dtype", "dtype", "use_cache", "_attn_implementation"}
 )
 """keys of config.json that say where a file came from or how it was run, not what the model is"""
+
+
+Model: TypeAlias = PreTrainedModel
+"""what the other folders call it: only swarm.model and swarm.data know transformers"""
 
 
 def resolve(run: RunConfig) -> RunConfig:

@@ -7,12 +7,13 @@ Out of memory halves the microbatch and tries again: the inner step stays the sa
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from transformers import PreTrainedModel
 
 from swarm.config import RunConfig
+from swarm.model.build import Model
 from swarm.model.fragments import FragmentSpec
 
 RAMP_STEPS = 20
@@ -22,7 +23,7 @@ shorter"""
 
 class InnerOptimizer:
     def __init__(
-        self, model: PreTrainedModel, fragments: Sequence[FragmentSpec], run: RunConfig, *,
+        self, model: Model, fragments: Sequence[FragmentSpec], run: RunConfig, *,
         between: Callable[[], None] = lambda: None, warn: Callable[[str], None] = lambda text: None,
     ) -> None:
         """`between` is called between microbatches; `warn` with what a person should know."""
@@ -54,18 +55,25 @@ class InnerOptimizer:
                 self._warn(f"out of memory: going on with microbatches of {self._microbatch} sequences")
                 torch.cuda.empty_cache()
 
-    def step(self, learning_rate: float) -> None:
-        """Clip and take one AdamW step with the gradients at hand."""
-        self.clip()
+    def step(self, learning_rate: float) -> bool:
+        """Clip and take one AdamW step with the gradients at hand. False: they are not finite, so nothing was done; one
+        such step would make this peer's weights useless until it starts again."""
+        if not self.clip():
+            return False
         self._steps += 1
         for group in self._adamw.param_groups:
             group["lr"] = learning_rate * min(1.0, self._steps / RAMP_STEPS)
         self._adamw.step()
+        return True
 
-    def clip(self) -> None:
-        if self._run.train.clip_norm > 0:
-            for parameters in self._by_fragment:
-                torch.nn.utils.clip_grad_norm_(parameters, self._run.train.clip_norm)
+    def clip(self) -> bool:
+        """Clip each fragment's gradient; False where one is not finite."""
+        limit = self._run.train.clip_norm or math.inf
+        norms = [torch.nn.utils.clip_grad_norm_(parameters, limit) for parameters in self._by_fragment]
+        finite = all(math.isfinite(float(norm)) for norm in norms)
+        if not finite:
+            self._warn("a gradient was not finite: left that step out")
+        return finite
 
     def _gradients(self, batch: torch.Tensor) -> float:
         self._adamw.zero_grad(set_to_none=True)

@@ -23,7 +23,7 @@ from swarm.config import PeerConfig, RunConfig
 from swarm.data.sources import documents
 from swarm.data.stream import PackedStream, tokenise
 from swarm.data.tokenizer import load_tokenizer
-from swarm.errors import ConfigError, HomeError, NetworkError, SwarmError
+from swarm.errors import ConfigError, HomeError, JoinError, NetworkError, SwarmError
 from swarm.events import Bus, Check, Progress, Ready, Warning
 from swarm.host.device import choose_device, plan_memory
 from swarm.host.home import Home
@@ -44,6 +44,8 @@ CHECKPOINT_S = 60.0
 MEET_S = 5.0
 SETTLE_S = 30.0
 HAND_OVER_S = 10.0
+LINGER_S = 1.0
+"""others that reach the same end notice it a moment later"""
 
 
 class Participant:
@@ -113,14 +115,21 @@ class Participant:
     def _connect(self) -> list[str]:
         """Start networking and link to whom we were told of, or to whom we knew; returns the peer ids that answered."""
         config, home = self.config, self.home
-        wanted = config.initial_peers
+        wanted = self._others_in(config.initial_peers)
+        if config.initial_peers and not wanted:
+            raise JoinError(
+                "the initial peers are all this peer itself", why="they have the identity of this home folder",
+                do="give another peer's address; if the folder was copied from that peer, start with your own --home",
+            )
+        # who starts a run has nobody to ask yet; who resumes one asks everybody it ever met
+        known = wanted or ([] if config.new_swarm else self._others_in(home.address_book))
         port = home.listen_port or 0
         attempts = [config.listen] if config.listen else [[f"/ip4/0.0.0.0/tcp/{p}"] for p in dict.fromkeys([port, 0])]
         for attempt, listen in enumerate(attempts):
             try:
                 answered = self.network.run(self.network.start(
                     folder=home.path, listen=listen, announce=config.announce,
-                    initial_peers=wanted or self._others_in(home.address_book), ask_initial_peers=bool(wanted),
+                    initial_peers=known, ask_initial_peers=bool(wanted),
                     join_timeout_s=config.join_timeout_s,
                 ))
                 break
@@ -315,7 +324,8 @@ class Participant:
             return
         states = self.averager.states()
         try:
-            checkpoint.write(self._folder / "checkpoints", Checkpoint(states, self._stream.state() if self._stream else {}))
+            place = self._stream.state() if self._stream else {}
+            checkpoint.write(self._folder / "checkpoints", Checkpoint(states, place))
             self._written_tokens = min(state.tokens for state in states)
         except HomeError as error:
             self.bus.emit(Warning(str(error)))
@@ -343,10 +353,11 @@ class Participant:
         await directory.tell_all()
         await averager.settle(deadline_s=SETTLE_S)
         loop = asyncio.get_running_loop()
-        deadline = loop.time() + HAND_OVER_S
-        while loop.time() < deadline:
+        soonest, deadline = loop.time() + LINGER_S, loop.time() + HAND_OVER_S
+        while directory.alive() and loop.time() < deadline:
             await asyncio.gather(*(directory.tell(peer_id) for peer_id in directory.alive()))
-            if not any(_needs_us(status, averager.heads()) for status in directory.alive().values()):
+            needed = any(_needs_us(status, averager.heads()) for status in directory.alive().values())
+            if loop.time() >= soonest and not needed:
                 break
             await asyncio.sleep(0.3)
         return max(averager.pending(), default=0)
@@ -371,9 +382,11 @@ class Participant:
 
 
 def _needs_us(status: Status, heads: list[Head]) -> bool:
-    """Somebody lacks a round that we are part of, or leaves as well and has not finished: stay a moment longer."""
-    behind = any(theirs.tokens < ours.tokens for theirs, ours in zip(status.heads, heads, strict=False))
-    return behind or (status.leaving and any(status.pending))
+    """Somebody lacks a round that we are part of, or leaves as well and has not finished, or has finished a round that we
+    lack: stay a moment longer. Peers that leave together, as at the end of a run, end with the same weights."""
+    pairs = [(theirs.tokens, ours.tokens) for theirs, ours in zip(status.heads, heads, strict=False)]
+    behind, ahead = any(theirs < ours for theirs, ours in pairs), any(theirs > ours for theirs, ours in pairs)
+    return behind or (status.leaving and (ahead or any(status.pending)))
 
 
 def _count(number: int, what: str) -> str:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel
 
 from swarm.averaging import outer
 from swarm.averaging.global_state import GlobalState, initial_state
@@ -16,7 +15,7 @@ from swarm.config import RunConfig, canonical_json, load_run, run_from_json
 from swarm.errors import ConfigError, SwarmError
 from swarm.host.home import Home, atomic_write
 from swarm.host.presets import preset_path
-from swarm.model.build import build_model, resolve
+from swarm.model.build import Model, build_model, resolve
 from swarm.model.fragments import FragmentSpec, cut
 
 DEMO = "runs/demo.yaml"
@@ -26,7 +25,7 @@ DEMO = "runs/demo.yaml"
 class Held:
     """The model as this peer holds it: whole for now, cut into fragments all the same."""
 
-    model: PreTrainedModel
+    model: Model
     fragments: tuple[FragmentSpec, ...]
     layouts: list[Layout]
     states: list[GlobalState]

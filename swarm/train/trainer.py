@@ -78,11 +78,13 @@ class Trainer:
         tokens = batch.numel()
         loss = self._inner.gradients(batch)
         if self._run.averaging.mode == "sync":
-            self._inner.clip()
+            if not self._inner.clip():
+                return
             gradients = {name: p.grad for name, p in self._inner.parameters.items() if p.grad is not None}
             self._averager.trained(tokens, gradients)
         else:
-            self._inner.step(learning_rate(self._run, self._averager.estimated_tokens()))
+            if not self._inner.step(learning_rate(self._run, self._averager.estimated_tokens())):
+                return
             self._averager.trained(tokens)
         self.tokens += tokens
         self._losses.append(loss)
