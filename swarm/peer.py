@@ -13,6 +13,7 @@ import signal
 import sys
 import threading
 import traceback
+from collections.abc import Iterator
 from types import FrameType
 
 from swarm import cli
@@ -65,7 +66,8 @@ def run(config: PeerConfig) -> int:
         for note in home.notes:
             bus.emit(Warning(note))
         stop.install()
-        participant.join()
+        with contextlib.suppress(CalledOff), stop.at_once():
+            participant.join()
         reason = None
         if not stop.asked.is_set():
             participant.start()
@@ -78,11 +80,27 @@ def run(config: PeerConfig) -> int:
     return 0
 
 
+class CalledOff(BaseException):
+    """The first signal, while joining; not an Exception, which others may suppress."""
+
+
 class Stop:
     """Turns the first signal into a request to finish and the second into an end at once."""
 
     def __init__(self) -> None:
         self.asked = threading.Event()
+        self._at_once = False
+
+    @contextlib.contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Here the first signal raises CalledOff: there is nothing yet to finish, and joining can take minutes."""
+        self._at_once = True
+        try:
+            if self.asked.is_set():
+                raise CalledOff
+            yield
+        finally:
+            self._at_once = False
 
     def install(self) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -92,7 +110,10 @@ class Stop:
         if self.asked.is_set():
             os._exit(130)  # the watchdog ends p2pd and removes its sockets
         self.asked.set()
-        print("finishing the round; again to stop now", file=sys.stderr, flush=True)
+        if self._at_once:
+            raise CalledOff
+        with contextlib.suppress(OSError):  # not print: the signal may have come in the middle of another one
+            os.write(2, b"finishing the round; again to stop now\n")
 
 
 def quiet_libraries(verbose: bool) -> None:

@@ -187,7 +187,10 @@ class Averager:
         loop = asyncio.get_running_loop()
         while True:
             for index in range(len(self._fragments)):
-                self._maybe_open(index, loop.time())
+                try:
+                    self._maybe_open(index, loop.time())
+                except Exception:  # a bug of ours in one round must not end all rounds
+                    log.exception("fragment %d: cannot tell whether to open a round", index)
             await asyncio.sleep(TICK_S / 10 if self._sync_mode else TICK_S)
 
     def _maybe_open(self, index: int, now: float) -> None:
@@ -233,12 +236,14 @@ class Averager:
             log.warning("round of fragment %d: %s", fragment.applier.fragment, error)
         finally:
             fragment.opening = False
+            now = asyncio.get_running_loop().time()
             if commit is None:
-                fragment.retry_at = asyncio.get_running_loop().time() + RETRY_S
+                fragment.retry_at = now + RETRY_S
+            else:
+                fragment.recent_s = [*fragment.recent_s[-15:], now - began]
         elsewhere, fragment.rounds.elsewhere = fragment.rounds.elsewhere, []
         for peer_id in elsewhere:
             await self._see_what_it_has(fragment, peer_id)
-            fragment.recent_s = [*fragment.recent_s[-15:], asyncio.get_running_loop().time() - began]
 
     async def _see_what_it_has(self, fragment: _Fragment, peer_id: str) -> None:
         """A peer said that it is at another version than the round's base: follow it, or do without it for a while."""

@@ -68,6 +68,7 @@ class Participant:
         self._boundary = Boundary()
         self._stream: PackedStream | None = None
         self._saved_stream: dict[str, Any] = {}
+        self._ways_in: list[str] = []
         self._leaving = False
         self._folder: Path
         self._written_tokens = -1
@@ -115,22 +116,22 @@ class Participant:
     def _connect(self) -> list[str]:
         """Start networking and link to whom we were told of, or to whom we knew; returns the peer ids that answered."""
         config, home = self.config, self.home
-        wanted = self._others_in(config.initial_peers)
+        wanted = [maddr for maddr in config.initial_peers if peer_id_of(maddr) != self.keypair.peer_id]
         if config.initial_peers and not wanted:
             raise JoinError(
                 "the initial peers are all this peer itself", why="they have the identity of this home folder",
                 do="give another peer's address; if the folder was copied from that peer, start with your own --home",
             )
         # who starts a run has nobody to ask yet; who resumes one asks everybody it ever met
-        known = wanted or ([] if config.new_swarm else self._others_in(home.address_book))
+        self._ways_in = wanted or ([] if config.new_swarm else self._others_in(home.address_book))
         port = home.listen_port or 0
         attempts = [config.listen] if config.listen else [[f"/ip4/0.0.0.0/tcp/{p}"] for p in dict.fromkeys([port, 0])]
         for attempt, listen in enumerate(attempts):
             try:
                 answered = self.network.run(self.network.start(
                     folder=home.path, listen=listen, announce=config.announce,
-                    initial_peers=known, ask_initial_peers=bool(wanted),
-                    join_timeout_s=config.join_timeout_s,
+                    initial_peers=self._ways_in,
+                    ask_initial_peers=bool(wanted), join_timeout_s=config.join_timeout_s,
                 ))
                 break
             except NetworkError:
@@ -155,7 +156,7 @@ class Participant:
         network.start_directory(run_id=self.run.run_id, my_status=self.status)
         network.directory.on_new_address = self._remember
         for peer_id in answered:
-            network.directory.meet(peer_id, [m for m in self.config.initial_peers if m.endswith(peer_id)])
+            network.directory.meet(peer_id, [m for m in self._ways_in if m.endswith(peer_id)])
         await network.directory.refresh()
         deadline = asyncio.get_running_loop().time() + MEET_S
         while asyncio.get_running_loop().time() < deadline:
@@ -166,6 +167,8 @@ class Participant:
             if alive and all(status.role == "rendezvous" for status in alive.values()):
                 break
             await asyncio.sleep(0.3)
+        for maddr in self._ways_in:  # who is silent now may come back a moment later, as in a swarm that restarts
+            network.directory.meet(peer_id_of(maddr), [maddr])
         await join.publish_run(network.dht, self.run, list(network.directory.alive()), network.peer_id)
         return len(network.directory.alive())
 
@@ -327,8 +330,8 @@ class Participant:
             place = self._stream.state() if self._stream else {}
             checkpoint.write(self._folder / "checkpoints", Checkpoint(states, place))
             self._written_tokens = min(state.tokens for state in states)
-        except HomeError as error:
-            self.bus.emit(Warning(str(error)))
+        except HomeError as error:  # not its advice, which is for a peer that starts
+            self.bus.emit(Warning(f"a checkpoint was not written, training goes on: {error.what} ({error.why})"))
 
     # -- leave ------------------------------------------------------------------------------------------------------
 
@@ -382,8 +385,8 @@ class Participant:
 
 
 def _needs_us(status: Status, heads: list[Head]) -> bool:
-    """Somebody lacks a round that we are part of, or leaves as well and has not finished, or has finished a round that we
-    lack: stay a moment longer. Peers that leave together, as at the end of a run, end with the same weights."""
+    """Somebody lacks a round that we are part of, or leaves as well and has not finished, or has finished a round that
+    we lack: stay a moment longer. Peers that leave together, as at the end of a run, end with the same weights."""
     pairs = [(theirs.tokens, ours.tokens) for theirs, ours in zip(status.heads, heads, strict=False)]
     behind, ahead = any(theirs < ours for theirs, ours in pairs), any(theirs > ours for theirs, ours in pairs)
     return behind or (status.leaving and (ahead or any(status.pending)))

@@ -87,3 +87,19 @@ def test_the_first_peer_may_start_at_that_moment_too(tmp_path: Path, time: int) 
         wait_until(lambda: all_know_all(everybody), timeout_s=30, what="one swarm")
         wait_until(lambda: all(map(trains_along, everybody)), timeout_s=60, what="a round of all four")
         assert len({peer.participant.run.run_id for peer in everybody}) == 1
+
+
+def test_a_new_swarm_in_an_old_home_starts_alone(tmp_path: Path) -> None:
+    """Or its joiners would find two runs on its network."""
+    run = write_run(tmp_path)
+    with peers_in_process() as make:
+        old = make(tmp_path / "old", new_swarm=True, run=str(run))
+        old.participant.join()
+        new = make(tmp_path / "new", new_swarm=True, run=str(write_run(tmp_path, name="other")))
+        new.home.remember(old.maddrs)
+        new.participant.join()
+        new.participant.take_part()
+        assert not new.participant.network.endpoint.linked_peers()
+        joiner = make(tmp_path / "joiner", initial_peers=new.maddrs)
+        joiner.participant.join()
+        assert joiner.participant.run.run_id == new.participant.run.run_id != old.participant.run.run_id

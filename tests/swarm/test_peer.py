@@ -68,7 +68,8 @@ class Traces:
         self.files += [path for path in peer.home.iterdir() if path.name.startswith("p2p-")]
         for pid in [process.pid, *(child.pid for child in self.children)]:
             maps = Path(f"/proc/{pid}/maps")
-            self.files += [Path(name) for name in re.findall("/dev/shm/[^ \n]*", maps.read_text() if maps.exists() else "")]
+            text = maps.read_text() if maps.exists() else ""
+            self.files += [Path(name) for name in re.findall("/dev/shm/[^ \n]*", text)]
         names = sorted(os.path.basename(word) for word in words)
         assert "watchdog.py" in names and "p2pd" in names
 
@@ -143,7 +144,7 @@ def test_a_life_from_the_first_start_to_sigkill(folder: Path) -> None:
         )
         leave(swarm, first)
         trained = first.last("progress", "tokens") + second.last("progress", "tokens")
-        assert [entry["tokens"] for entry in checkpoint_of(first)] == [trained] * 2, "every token is in one commit, once"
+        assert [entry["tokens"] for entry in checkpoint_of(first)] == [trained] * 2, "every token in one commit, once"
 
         for peer in (first, second):
             events = ears.of(peer)
@@ -174,7 +175,7 @@ def test_a_life_from_the_first_start_to_sigkill(folder: Path) -> None:
         traces = [Traces(peer) for peer in again]
         again[0].process.kill()
         again[1].process.send_signal(signal.SIGINT)
-        swarm.wait_for(lambda: any("again to stop now" in text for text in again[1].stderr), timeout_s=10, what="a word")
+        swarm.wait_for(lambda: "again to stop now" in "".join(again[1].stderr), timeout_s=10, what="a word")
         again[1].process.send_signal(signal.SIGINT)
         assert again[1].process.wait(STOP_S) == 130
         for left in traces:
