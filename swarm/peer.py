@@ -37,6 +37,12 @@ def main(argv: list[str] | None = None) -> int:
             traceback.print_exc()
         print(error, file=sys.stderr)
         return error.exit_code
+    except Exception as error:
+        if config.verbose:
+            traceback.print_exc()
+        print(f"an error that nobody expected: {type(error).__name__}: {error}", file=sys.stderr)
+        print("  do:   run again with -v, and report what it shows; the same command resumes", file=sys.stderr)
+        return 1
 
 
 def run(config: PeerConfig) -> int:

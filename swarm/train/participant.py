@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -23,16 +24,17 @@ from swarm.config import PeerConfig, RunConfig
 from swarm.data.sources import documents
 from swarm.data.stream import PackedStream, tokenise
 from swarm.data.tokenizer import load_tokenizer
-from swarm.errors import ConfigError, HomeError, JoinError, NetworkError, SwarmError
+from swarm.errors import HomeError, NetworkError, SwarmError
 from swarm.events import Bus, Check, Progress, Ready, Warning
 from swarm.host.device import choose_device, plan_memory
 from swarm.host.home import Home
-from swarm.network import join, reachability
+from swarm.network import join
 from swarm.network.keys import Keypair, friendly_name
-from swarm.network.maddr import host_and_port, join_command, peer_id_of
+from swarm.network.maddr import join_command
 from swarm.network.network import Network
 from swarm.network.records import Head, Status
 from swarm.train import checkpoint, run_source
+from swarm.train.arrival import Arrival
 from swarm.train.boundary import Boundary
 from swarm.train.checkpoint import Checkpoint
 from swarm.train.inner import InnerOptimizer
@@ -41,11 +43,12 @@ from swarm.train.trainer import Trainer, limit_threads
 
 PROGRESS_S = 1.0
 CHECKPOINT_S = 60.0
-MEET_S = 5.0
 SETTLE_S = 30.0
 HAND_OVER_S = 10.0
 LINGER_S = 1.0
 """others that reach the same end notice it a moment later"""
+
+log = logging.getLogger(__name__)
 
 
 class Participant:
@@ -68,7 +71,6 @@ class Participant:
         self._boundary = Boundary()
         self._stream: PackedStream | None = None
         self._saved_stream: dict[str, Any] = {}
-        self._ways_in: list[str] = []
         self._leaving = False
         self._folder: Path
         self._written_tokens = -1
@@ -89,16 +91,18 @@ class Participant:
             self.run, self.held = run_source.new_run(config.run)
         elif not config.initial_peers:
             self.run = run_source.remembered(self.home, config.run_id)
-        answered = self._connect()
+        arrival = Arrival(config, self.home, self.network)
+        arrival.connect()
         if not hasattr(self, "run"):
             self.run = self.network.run(
                 join.find_run(self.network.dht, run_id=config.run_id, deadline_s=config.join_timeout_s)
             )
         self._folder = run_source.remember(self.run, self.home)
         self._on_run(self._folder)
-        peers = self.network.run(self._meet(answered))
+        peers = self.network.run(arrival.meet(self.run, self.status))
         self._check("network", f"run {self.run.run_id}, " + _count(peers, "other peer"), began)
-        self._check_reachable(answered)
+        began = time.monotonic()
+        self._check("reachable", arrival.reachable(), began)
         if config.role == "trainer":
             began = time.monotonic()
             if self.held is None:
@@ -111,74 +115,9 @@ class Participant:
             self.held.model.to(device)  # type: ignore[arg-type]
             self._take_over_state()
             self._load_data()
+            if config.new_swarm:
+                self.write_checkpoint()  # weights that came from a folder are nowhere else yet
         self.network.submit(self._background())
-
-    def _connect(self) -> list[str]:
-        """Start networking and link to whom we were told of, or to whom we knew; returns the peer ids that answered."""
-        config, home = self.config, self.home
-        wanted = [maddr for maddr in config.initial_peers if peer_id_of(maddr) != self.keypair.peer_id]
-        if config.initial_peers and not wanted:
-            raise JoinError(
-                "the initial peers are all this peer itself", why="they have the identity of this home folder",
-                do="give another peer's address; if the folder was copied from that peer, start with your own --home",
-            )
-        # who starts a run has nobody to ask yet; who resumes one asks everybody it ever met
-        self._ways_in = wanted or ([] if config.new_swarm else self._others_in(home.address_book))
-        port = home.listen_port or 0
-        attempts = [config.listen] if config.listen else [[f"/ip4/0.0.0.0/tcp/{p}"] for p in dict.fromkeys([port, 0])]
-        for attempt, listen in enumerate(attempts):
-            try:
-                answered = self.network.run(self.network.start(
-                    folder=home.path, listen=listen, announce=config.announce,
-                    initial_peers=self._ways_in,
-                    ask_initial_peers=bool(wanted), join_timeout_s=config.join_timeout_s,
-                ))
-                break
-            except NetworkError:
-                if attempt + 1 == len(attempts):
-                    raise  # the port of the last start may be taken by now; any other one does as well
-        place = next((p for p in map(host_and_port, self.network.maddrs) if p is not None), None)
-        if place is not None and not config.listen:
-            home.remember_listen_port(place[1])
-        return answered
-
-    def _others_in(self, book: list[str]) -> list[str]:
-        others = []
-        for maddr in book:
-            with contextlib.suppress(ConfigError):
-                if peer_id_of(maddr) != self.keypair.peer_id:
-                    others.append(maddr)
-        return others
-
-    async def _meet(self, answered: list[str]) -> int:
-        """Start the directory and wait a moment for the others' word; returns how many there are."""
-        network = self.network
-        network.start_directory(run_id=self.run.run_id, my_status=self.status)
-        network.directory.on_new_address = self._remember
-        for peer_id in answered:
-            network.directory.meet(peer_id, [m for m in self._ways_in if m.endswith(peer_id)])
-        await network.directory.refresh()
-        deadline = asyncio.get_running_loop().time() + MEET_S
-        while asyncio.get_running_loop().time() < deadline:
-            await asyncio.gather(*(network.directory.tell(peer_id) for peer_id in network.directory.known()))
-            alive = network.directory.alive()
-            if not answered or any(status.heads for status in alive.values()):
-                break
-            if alive and all(status.role == "rendezvous" for status in alive.values()):
-                break
-            await asyncio.sleep(0.3)
-        for maddr in self._ways_in:  # who is silent now may come back a moment later, as in a swarm that restarts
-            network.directory.meet(peer_id_of(maddr), [maddr])
-        await join.publish_run(network.dht, self.run, list(network.directory.alive()), network.peer_id)
-        return len(network.directory.alive())
-
-    def _check_reachable(self, answered: list[str]) -> None:
-        began = time.monotonic()
-        place = next((p for p in map(host_and_port, self.network.maddrs) if p is not None), None)
-        _, text = self.network.run(
-            reachability.ask(self.network.endpoint, answered, port=place[1] if place else None)
-        )
-        self._check("reachable", text, began)
 
     def _take_over_state(self) -> None:
         assert self.held is not None
@@ -262,7 +201,11 @@ class Participant:
     def finished(self) -> str | None:
         """Why it is time to leave, or None. Raises what ended training, if something did."""
         if self.trainer is not None and self.trainer.error is not None:
-            raise self.trainer.error
+            error = self.trainer.error
+            raise SwarmError(
+                "training has ended with an error", why=f"{type(error).__name__}: {error}",
+                do="start again: the same command resumes; -v shows where it happened",
+            ) from error
         if not self.network.daemon_alive():
             raise NetworkError(
                 "libp2p's daemon has ended", why="something killed p2pd", do="start again: the same command resumes"
@@ -297,7 +240,10 @@ class Participant:
         published = written = loop.time()
         while True:
             await asyncio.sleep(PROGRESS_S)
-            self._emit_progress()
+            try:
+                self._emit_progress()
+            except Exception:  # a line on the screen is not worth the checkpoints that come after it here
+                log.exception("cannot tell the progress")
             if loop.time() - published > join.CONFIG_TTL_S / 3:
                 published = loop.time()
                 with contextlib.suppress(Exception):  # the next one comes soon, and others keep copies
@@ -370,6 +316,7 @@ class Participant:
         with self._closed:
             if self.trainer is not None:
                 self.trainer.stop()
+                self.write_checkpoint()  # nothing new to write after `leave`; after an error it is what resumes
             if self.averager is not None:
                 with contextlib.suppress(Exception):
                     self.network.run(self.averager.stop(), timeout_s=10)
@@ -378,10 +325,6 @@ class Participant:
 
     def _check(self, name: str, text: str, began: float) -> None:
         self.bus.emit(Check(name, text, round(time.monotonic() - began, 1)))
-
-    def _remember(self, maddrs: list[str]) -> None:
-        with contextlib.suppress(HomeError):  # a full disk: the address book is a convenience
-            self.home.remember(maddrs)
 
 
 def _needs_us(status: Status, heads: list[Head]) -> bool:

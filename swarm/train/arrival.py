@@ -1,0 +1,102 @@
+"""Arriving: start networking, link to whom we were told of or to whom we knew, meet the run's other peers.
+
+Whoever joins must be answered; whoever resumes asks everybody it ever met, and goes on alone where nobody is there,
+so that a swarm that was switched off comes back in whatever order its peers do (I5).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import shutil
+from collections.abc import Callable
+
+from swarm.config import PeerConfig, RunConfig
+from swarm.errors import ConfigError, HomeError, JoinError, NetworkError
+from swarm.host.home import Home
+from swarm.network import join, reachability
+from swarm.network.maddr import host_and_port, peer_id_of
+from swarm.network.network import Network
+from swarm.network.records import Status
+
+MEET_S = 5.0
+"""how long a newcomer waits for the first word of somebody who has the state"""
+
+
+class Arrival:
+    def __init__(self, config: PeerConfig, home: Home, network: Network) -> None:
+        self._config, self._home, self._network = config, home, network
+        self._ways_in: list[str] = []
+        self._answered: list[str] = []
+
+    def connect(self) -> None:
+        """Start networking. Raises JoinError (nobody answers, clock off, identity in use) or NetworkError (port)."""
+        config, home = self._config, self._home
+        for leftover in home.path.glob("p2p-*"):  # sockets of a peer whose watchdog was killed with it; we hold the lock
+            shutil.rmtree(leftover, ignore_errors=True)
+        wanted = [maddr for maddr in config.initial_peers if peer_id_of(maddr) != self._network.peer_id]
+        if config.initial_peers and not wanted:
+            raise JoinError(
+                "the initial peers are all this peer itself", why="they have the identity of this home folder",
+                do="give another peer's address; if the folder was copied from that peer, start with your own --home",
+            )
+        # who starts a run has nobody to ask yet; who resumes one asks everybody it ever met
+        self._ways_in = wanted or ([] if config.new_swarm else self._others_in(home.address_book))
+        port = home.listen_port or 0
+        attempts = [config.listen] if config.listen else [[f"/ip4/0.0.0.0/tcp/{p}"] for p in dict.fromkeys([port, 0])]
+        for attempt, listen in enumerate(attempts):
+            try:
+                self._answered = self._network.run(self._network.start(
+                    folder=home.path, listen=listen, announce=config.announce, initial_peers=self._ways_in,
+                    ask_initial_peers=bool(wanted), join_timeout_s=config.join_timeout_s,
+                ))
+                break
+            except NetworkError:
+                if attempt + 1 == len(attempts):
+                    raise  # the port of the last start may be taken by now; any other one does as well
+        port_now = self._port()
+        if port_now is not None and not config.listen:
+            home.remember_listen_port(port_now)
+
+    async def meet(self, run: RunConfig, my_status: Callable[[], Status]) -> int:
+        """Start the directory and wait a moment for the others' word; returns how many there are."""
+        network = self._network
+        network.start_directory(run_id=run.run_id, my_status=my_status)
+        network.directory.on_new_address = self._remember
+        for peer_id in self._answered:
+            network.directory.meet(peer_id, [maddr for maddr in self._ways_in if maddr.endswith(peer_id)])
+        await network.directory.refresh()
+        deadline = asyncio.get_running_loop().time() + MEET_S
+        while asyncio.get_running_loop().time() < deadline:
+            await asyncio.gather(*(network.directory.tell(peer_id) for peer_id in network.directory.known()))
+            alive = network.directory.alive()
+            if not self._answered or any(status.heads for status in alive.values()):
+                break
+            if alive and all(status.role == "rendezvous" for status in alive.values()):
+                break
+            await asyncio.sleep(0.3)
+        for maddr in self._ways_in:  # who is silent now may come back a moment later, as in a swarm that restarts
+            network.directory.meet(peer_id_of(maddr), [maddr])
+        await join.publish_run(network.dht, run, list(network.directory.alive()), network.peer_id)
+        return len(network.directory.alive())
+
+    def reachable(self) -> str:
+        """Whether others can dial this peer, as they say, in words for the checklist."""
+        _, text = self._network.run(reachability.ask(self._network.endpoint, self._answered, port=self._port()))
+        return text
+
+    def _port(self) -> int | None:
+        places = [place for place in map(host_and_port, self._network.maddrs) if place is not None]
+        return places[0][1] if places else None
+
+    def _others_in(self, book: list[str]) -> list[str]:
+        others = []
+        for maddr in book:
+            with contextlib.suppress(ConfigError):
+                if peer_id_of(maddr) != self._network.peer_id:
+                    others.append(maddr)
+        return others
+
+    def _remember(self, maddrs: list[str]) -> None:
+        with contextlib.suppress(HomeError):  # a full disk: the address book is a convenience
+            self._home.remember(maddrs)
