@@ -163,7 +163,7 @@ def quoted(text: str) -> list[str]:
     """Lines for a terminal: strangers trained the model, so what it writes could be anything."""
     from swarm.units import printable
 
-    return [f"  | {printable(line.expandtabs(), max_chars=110)}" for line in text.splitlines()]
+    return [f"  | {printable(line.expandtabs(), max_chars=110)}".rstrip() for line in text.rstrip().splitlines()]
 
 
 def say(text: str) -> None:

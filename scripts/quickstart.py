@@ -121,7 +121,9 @@ def progress(swarm: LocalSwarm, until: int) -> str:
 def result(root: Path, peer: LocalPeer) -> None:
     """Export the peer's checkpoint, load it as anybody would, compare it with the untrained model, let it write."""
     from swarm.data.tokenizer import load_tokenizer
+    from swarm.train.trainer import limit_threads
 
+    limit_threads(1)  # on a busy machine torch's threads mostly wait for each other: measured 20 s instead of 136 s
     run, held, states = export.from_home(peer.home, say=export.say)
     before = export.held_out_loss(run, held.model, load_tokenizer(run))
     export.write(run, held, states, root / "model")

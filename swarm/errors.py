@@ -2,7 +2,8 @@
 
     SwarmError
     |- ConfigError        a file, flag or variable says something that cannot be (exit code 2)
-    |- JoinError          no way into the swarm: nobody answers, no run, wrong run, clock off
+    |- JoinError          no way into the swarm: no run, wrong run, clock off, identity in use
+    |  `- NobodyAnswers   none of the initial peers
     |- NetworkError       one call to one peer failed
     |  |- PeerGone        the link broke or the deadline passed
     |  |- PeerRefused     the other side said no, with its reason
@@ -39,6 +40,10 @@ class ConfigError(SwarmError):
 
 
 class JoinError(SwarmError):
+    pass
+
+
+class NobodyAnswers(JoinError):
     pass
 
 

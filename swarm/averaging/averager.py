@@ -195,7 +195,7 @@ class Averager:
 
     def _maybe_open(self, index: int, now: float) -> None:
         fragment = self._fragments[index]
-        if fragment.opening or fragment.rounds.in_round():
+        if fragment.opening or fragment.rounds.in_round() or self.context.directory.unsure():
             return
         holders, others = self._holders(index)
         if not self._is_due(index, holders, now):

@@ -69,6 +69,8 @@ class FragmentRounds:
         self._gathered: dict[str, _Gathered] = {}
         self._known = asyncio.Condition()
         self._feedback: dict[tuple[int, int], torch.Tensor] = {}
+        self._silent: set[str] = set()
+        """invited to the round that is being opened, and did not answer"""
         self.elsewhere: list[str] = []
         """invited peers that turned out to be at another version: the opener must first see what they have"""
         self._push_s: deque[float] = deque(maxlen=16)
@@ -80,6 +82,7 @@ class FragmentRounds:
     async def open(self, members: list[str], owners: list[str]) -> Commit | None:
         """Open the round to the next version with these other members. Returns the commit, or None where it came to
         nothing; the drift of everyone is then as it was."""
+        self._silent.clear()
         for _ in range(ATTEMPTS):
             opening = self._make_opening(members, owners)
             self._attempting = opening.id, asyncio.ensure_future(self._attempt(opening))
@@ -130,6 +133,9 @@ class FragmentRounds:
         began = clock()
         owners = {opening.owner(part) for part in opening.parts}
         contributors, failed = await self._contributions(opening)
+        silent = self._silent & set(self._context.directory.alive())
+        if len(silent) >= len(set(opening.members) - silent):
+            return None, set()  # half of the living do not answer: they may be making history among themselves
         if not contributors or owners & failed:
             return None, failed  # an owner is gone: its part would be missing, so give it to another
         self._push_s.append(clock() - began)
@@ -178,6 +184,8 @@ class FragmentRounds:
                             return [], set()
                         log.info("round of fragment %d: %s: %s", self._fragment, peer_id[-6:], error)
                         failed.add(peer_id)
+                        if not isinstance(error, PeerRefused):
+                            self._silent.add(peer_id)
                         continue
                     tokens, undelivered = answer.get("tokens"), answer.get("undelivered")
                     if type(tokens) is not int or not isinstance(undelivered, list):  # True is an int

@@ -62,12 +62,7 @@ def resolve(run: RunConfig) -> RunConfig:
     config = {key: value for key, value in read_config(Path(source).expanduser()).items() if key not in NOISE}
     config["tie_word_embeddings"] = False
     model = dataclasses.replace(run.model, config=config, source=None, revision=None)
-    try:
-        return dataclasses.replace(run, model=model)
-    except ValueError as error:  # NaN or Infinity, which canonical JSON has not
-        raise ConfigError(
-            f"{source}/config.json cannot be published", why=str(error), do="remove that value"
-        ) from None
+    return dataclasses.replace(run, model=model)
 
 
 def build_model(

@@ -11,7 +11,7 @@ import contextlib
 import json
 import logging
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -25,6 +25,8 @@ from swarm.network.link import Answer, Link
 from swarm.network.records import Maddr, PeerIdText, Status, Strict
 
 HEARTBEAT_S = 1.0
+UNSURE_S = 2.0
+"""a peer whose link has ended gets this long to say that it is still there"""
 ALIVE_S = 6.0
 """silent for longer than this: not counted on for a round"""
 FORGET_S = 120.0
@@ -68,6 +70,8 @@ class Known:
     heard_at: float = float("-inf")
     """of its last word, or never where the link has ended since"""
     tried_at: float = float("-inf")
+    lost_at: float = float("-inf")
+    """when its link ended, until it speaks again"""
 
 
 class Directory:
@@ -127,6 +131,7 @@ class Directory:
             )
             self._hear(peer_id, records.parse(Beat, answer))
         except NetworkError as error:
+            known.lost_at = float("-inf")  # asked: it is really gone
             log.debug("no status from %s: %s", peer_id, error)
 
     async def tell_all(self) -> None:
@@ -161,7 +166,7 @@ class Directory:
         elif peer_id != self._endpoint.peer_id and self._has_room_for(peer_id):
             known = self._known.setdefault(peer_id, Known([], since=now))
             new_address = bool(beat.status.maddrs) and (known.status is None or known.maddrs != beat.status.maddrs)
-            known.status, known.since, known.heard_at = beat.status, now, now
+            known.status, known.since, known.heard_at, known.lost_at = beat.status, now, now, float("-inf")
             if new_address:
                 known.maddrs = beat.status.maddrs
                 self.on_new_address(known.maddrs)
@@ -179,10 +184,21 @@ class Directory:
         del self._known[oldest]
         return True
 
+    def unsure(self) -> bool:
+        """A link has ended a moment ago, and whether its peer did as well is still being asked."""
+        return any(self._loop.time() - known.lost_at < UNSURE_S for known in self._known.values())
+
     def _on_link_closed(self, peer_id: str) -> None:
-        """The connection ended: most likely the process did. Do not count on it until it speaks again."""
+        """The connection ended: most likely the process did. Do not count on it until it speaks again, and ask."""
         if peer_id in self._known:
-            self._known[peer_id].heard_at = float("-inf")
+            known = self._known[peer_id]
+            known.heard_at, known.lost_at = float("-inf"), self._loop.time()
+            self._spawn(self.tell(peer_id))
+
+    def _spawn(self, beat: Coroutine[Any, Any, Any]) -> None:
+        task = asyncio.create_task(beat)
+        self._beating.add(task)
+        task.add_done_callback(self._beating.discard)
 
     async def _beat_forever(self) -> None:
         while True:
@@ -190,9 +206,7 @@ class Directory:
             due = self._due()
             for peer_id in self._rng.sample(due, min(len(due), MAX_HEARTBEATS)):
                 self._known[peer_id].tried_at = asyncio.get_running_loop().time()
-                task = asyncio.create_task(self.tell(peer_id))
-                self._beating.add(task)
-                task.add_done_callback(self._beating.discard)
+                self._spawn(self.tell(peer_id))
             await asyncio.sleep(HEARTBEAT_S * self._rng.uniform(0.4, 0.6))
 
     def _due(self) -> list[str]:

@@ -11,7 +11,7 @@ import re
 from collections import Counter, defaultdict
 
 from swarm.config import RunConfig, canonical_json, run_from_json
-from swarm.errors import ConfigError, JoinError
+from swarm.errors import ConfigError, JoinError, NobodyAnswers
 from swarm.network.dht import Dht
 from swarm.network.endpoint import SAME_IDENTITY, Endpoint
 from swarm.network.link import Link
@@ -60,7 +60,7 @@ async def connect(endpoint: Endpoint, maddrs: list[str], *, deadline_s: float) -
             return answered
         if loop.time() + RETRY_S > deadline:
             lines = [f"{maddr}: {reasons.get(maddr, 'no answer')}" for maddr in dict.fromkeys(maddrs)]
-            raise JoinError(
+            raise NobodyAnswers(
                 f"none of the {len(targets)} initial peers answered within {deadline_s:.0f} s",
                 why="\n        ".join(lines),
                 do="ask for a fresh join line: the peer may have moved. To start your own swarm, use --new-swarm",

@@ -17,7 +17,7 @@ from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any, TypeVar
 
-from swarm.errors import JoinError, NetworkError
+from swarm.errors import NetworkError, NobodyAnswers
 from swarm.network import join, reachability
 from swarm.network.daemon import Daemon
 from swarm.network.dht import Dht
@@ -94,7 +94,7 @@ class Network:
                 answered = await join.connect(
                     self.endpoint, initial_peers, deadline_s=join_timeout_s if ask_initial_peers else 0.0
                 )
-            except JoinError:
+            except NobodyAnswers:
                 if ask_initial_peers:
                     raise
         known = [maddr for maddr in initial_peers if maddr.rsplit("/", 1)[-1] in answered]

@@ -32,7 +32,7 @@ class Arrival:
     def connect(self) -> None:
         """Start networking. Raises JoinError (nobody answers, clock off, identity in use) or NetworkError (port)."""
         config, home = self._config, self._home
-        for leftover in home.path.glob("p2p-*"):  # sockets of a peer whose watchdog was killed with it; we hold the lock
+        for leftover in home.path.glob("p2p-*"):  # of a peer whose watchdog was killed with it
             shutil.rmtree(leftover, ignore_errors=True)
         wanted = [maddr for maddr in config.initial_peers if peer_id_of(maddr) != self._network.peer_id]
         if config.initial_peers and not wanted:

@@ -190,7 +190,7 @@ def test_calls_go_both_ways_over_one_link(nets):
     assert answer == ({"from": two.peer_id}, b"")
     assert one.endpoint.linked_peers() == [two.peer_id]
     assert len(one.endpoint._links[two.peer_id]) == 1
-    assert one.endpoint.bytes_sent == two.endpoint.bytes_received > 0
+    until(lambda: one.endpoint.bytes_sent == two.endpoint.bytes_received > 0, "all bytes to arrive")
     large = os.urandom(10**6)
     assert call(one, two, "echo", body=large, max_answer=10**6)[1] == large
 

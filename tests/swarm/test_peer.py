@@ -187,19 +187,21 @@ def test_until_tokens_all_leave_with_the_same_weights(folder: Path) -> None:
         peer_id = Keypair(home.key_bytes()).peer_id
     with socket.create_server(("127.0.0.1", 0)) as probe:
         place = f"/ip4/127.0.0.1/tcp/{probe.getsockname()[1]}"
-    until = ["--until-tokens", "100k"]
-    with LocalSwarm(folder) as swarm:  # all three start at the same moment, or the first would be there alone
-        swarm.start_peer("--new-swarm", "--run", str(write_run(folder)), "--listen", place, *until)
+    run = write_run(folder)
+    run.write_text(run.read_text().replace("n_embd: 48", "n_embd: 256"))  # slow, or one could get there alone
+    until = ["--until-tokens", "60k"]
+    with LocalSwarm(folder) as swarm:
+        swarm.start_peer("--new-swarm", "--run", str(run), "--listen", place, *until)
         for _ in range(2):
             swarm.start_peer("--initial-peers", f"{place}/p2p/{peer_id}", *until)
-        swarm.wait_for(lambda: not swarm.running(), timeout_s=2 * START_S, what="100,000 tokens")
+        swarm.wait_for(lambda: not swarm.running(), timeout_s=2 * START_S, what="60,000 tokens")
         while swarm.pump():
             pass
         assert [peer.process.returncode for peer in swarm.peers] == [0, 0, 0]
         for peer in swarm.peers:
             assert re.fullmatch("the swarm has trained [0-9]+ tokens", peer.last("left", "reason"))
             assert checkpoint_of(peer) == checkpoint_of(swarm.peers[0]), "one truth"
-        assert min(entry["tokens"] for entry in checkpoint_of(swarm.peers[0])) >= 100_000
+        assert min(entry["tokens"] for entry in checkpoint_of(swarm.peers[0])) >= 60_000
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--print-config"]])

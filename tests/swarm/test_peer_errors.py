@@ -221,12 +221,7 @@ def test_a_clock_that_is_10_s_off(running: InProcessPeer, tmp_path: Path, off_s:
     assert "timedatectl" in caught.value.do
 
 
-@pytest.mark.parametrize("way", [
-    "through the original", "through another",
-    pytest.param("with no arguments", marks=pytest.mark.xfail(
-        strict=True, reason="Network.start swallows every JoinError of a peer that resumes, not only nobody's answer"
-    )),
-])  # fmt: skip
+@pytest.mark.parametrize("way", ["through the original", "through another", "with no arguments"])
 def test_a_copied_home_is_refused_while_the_original_runs(
     running: InProcessPeer, tmp_path: Path, run_peer: RunPeer, way: str
 ) -> None:

@@ -218,7 +218,7 @@ def test_export_says_what_is_wrong_and_writes_nothing(pair, capsys, tmp_path, pr
 
 
 def test_a_model_cannot_write_to_the_terminal_what_it_likes():
-    assert export.quoted("def f():\n\tx\x1b[2J\r\n\n") == ["  | def f():", "  |         x?[2J", "  | "]
+    assert export.quoted("def f():\n\tx\x1b[2J\r\n \n") == ["  | def f():", "  |         x?[2J"]
 
 
 @pytest.mark.parametrize("name", ["monitor.py", "export.py", "quickstart.py"])

@@ -168,7 +168,7 @@ def test_resolve_is_idempotent(tmp_path: Path) -> None:
 
 def test_resolve_refuses_what_json_cannot_say(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "llama", "rope_theta": Infinity}')
-    with pytest.raises(ConfigError, match="cannot be published"):
+    with pytest.raises(ConfigError, match="cannot be written as JSON"):
         resolve(run_with(source=tmp_path))
 
 
