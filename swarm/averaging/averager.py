@@ -327,6 +327,7 @@ class Averager:
         opening.check(fragment.applier.layout.num_blocks)
         if opening.opener != link.peer_id or self._me not in opening.members:
             raise BadMessage("an opening by somebody else, or for somebody else")
+        self.context.spawn(self.context.directory.introduce(opening.members))
         if fragment.ledger.state.version < opening.version - 1:
             with contextlib.suppress(asyncio.TimeoutError, NetworkError):
                 await asyncio.wait_for(fragment.applier.catch_up(link.peer_id), min(CATCH_UP_S, opening.push_s / 2))

@@ -11,7 +11,7 @@ import contextlib
 import json
 import logging
 import random
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -138,6 +138,16 @@ class Directory:
         """Exchange statuses with everybody now, and refresh the DHT's copy."""
         await asyncio.gather(*(self.tell(peer_id) for peer_id in self.alive()), self._publish())
 
+    async def introduce(self, peer_ids: Iterable[str]) -> None:
+        """Peers that somebody named without an address: get to know them, or a swarm whose first peer dies young falls
+        apart into peers that had only met that one."""
+        strangers = [p for p in peer_ids if p not in self._known and p != self._endpoint.peer_id]
+        if strangers:
+            for peer_id in strangers:
+                self.meet(peer_id, [])
+            await self.refresh()  # their addresses
+            await asyncio.gather(*(self.tell(peer_id) for peer_id in strangers))
+
     async def refresh(self) -> None:
         """Read the DHT and meet whoever is in it."""
         for peer_id, status in (await self._dht.statuses(self._run_id)).items():
@@ -146,7 +156,8 @@ class Directory:
 
     def _my_beat(self, to: str) -> dict[str, Any]:
         alive = [peer_id for peer_id in self.alive() if peer_id != to and self._known[peer_id].maddrs]
-        chosen = self._rng.sample(alive, min(len(alive), 2))
+        newcomer = to not in self._known or self._known[to].status is None
+        chosen = self._rng.sample(alive, min(len(alive), MAX_GOSSIP if newcomer else 2))
         contacts = [Contact(peer_id=peer_id, maddrs=self._known[peer_id].maddrs[:8]) for peer_id in chosen]
         return Beat(status=self._my_status(), contacts=contacts).model_dump(exclude_defaults=True)
 

@@ -41,12 +41,19 @@ class Watch:
 def start(swarm: LocalSwarm, run: Path, number: int) -> None:
     first = swarm.start_peer("--new-swarm", "--run", str(run))
     swarm.wait_for(lambda: "ready" in first.newest, timeout_s=60, what="the first peer")
+    watch = swarm.on_event
+
+    def count(peer: LocalPeer, event: dict[str, object]) -> None:
+        full_rounds[peer.number] += event["event"] == "round" and event["contributors"] == number
+        watch(peer, event)
+
+    full_rounds: defaultdict[int, int] = defaultdict(int)
+    swarm.on_event = count
     for _ in range(number - 1):
         swarm.start_peer("--initial-peers", *first.last("ready", "maddrs"))
     swarm.wait_for(lambda: all("ready" in p.newest for p in swarm.peers), timeout_s=60, what="the others")
     swarm.wait_for(
-        lambda: all(p.last("round", "contributors") >= min(number, 2) for p in swarm.peers),
-        timeout_s=60, what="a round",
+        lambda: all(full_rounds[p.number] >= 2 for p in swarm.peers), timeout_s=60, what="rounds of all"
     )
 
 
