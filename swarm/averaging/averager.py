@@ -62,7 +62,7 @@ class _Fragment:
         self.recent_s: list[float] = []
         self.retry_at = 0.0
         self.distrusted_until: dict[str, float] = {}
-        self.following = self.opening = False
+        self.following = self.opening = self.downloading = False
 
     def served_states(self) -> list[GlobalState]:
         previous = self.ledger.previous
@@ -195,7 +195,7 @@ class Averager:
 
     def _maybe_open(self, index: int, now: float) -> None:
         fragment = self._fragments[index]
-        if fragment.opening or fragment.rounds.in_round() or self.context.directory.unsure():
+        if fragment.opening or fragment.downloading or fragment.rounds.in_round() or self.context.directory.unsure():
             return
         holders, others = self._holders(index)
         if not self._is_due(index, holders, now):
@@ -247,12 +247,12 @@ class Averager:
 
     async def _see_what_it_has(self, fragment: _Fragment, peer_id: str) -> None:
         """A peer said that it is at another version than the round's base: follow it, or do without it for a while."""
-        version = fragment.ledger.state.version
+        state = fragment.ledger.state
         try:
-            moved = await fragment.applier.catch_up(peer_id)
-        except NetworkError:
+            moved = await fragment.applier.catch_up(peer_id) or await self._jump(fragment, peer_id)
+        except (NetworkError, StateError):
             moved = False
-        if not moved and fragment.ledger.state.version == version:
+        if not moved and fragment.ledger.state is state:
             fragment.distrusted_until[peer_id] = asyncio.get_running_loop().time() + DISTRUST_S
 
     def _on_applied(self, commit: Commit) -> None:
@@ -289,13 +289,27 @@ class Averager:
             await asyncio.sleep(FOLLOW_AFTER_S)
             if not self._is_ahead(fragment, head):
                 return
-            moved = await fragment.applier.catch_up(peer_id)
-            if not moved and head.tokens > fragment.ledger.state.tokens:
-                await self.synchroniser.download(fragment.applier.fragment)
+            if not await fragment.applier.catch_up(peer_id):
+                await self._jump(fragment, peer_id)
         except (NetworkError, StateError) as error:
             log.info("cannot follow %s yet: %s", peer_id[-6:], error)
         finally:
             fragment.following = False
+
+    async def _jump(self, fragment: _Fragment, peer_id: str) -> bool:
+        """Download, where a peer's history does not lead on from ours and has more tokens. Meanwhile this peer opens
+        no rounds: they would only prolong a history that is about to end."""
+        index, before = fragment.applier.fragment, fragment.ledger.state
+        status = self.context.directory.alive().get(peer_id)
+        if status is None or len(status.heads) <= index or status.heads[index].tokens <= before.tokens:
+            return False
+        if not fragment.downloading:
+            fragment.downloading = True
+            try:
+                await self.synchroniser.download(index)
+            finally:
+                fragment.downloading = False
+        return fragment.ledger.state is not before
 
     # -- what others may ask ----------------------------------------------------------------------------------------
 

@@ -19,10 +19,12 @@ import torch
 from swarm.averaging.global_state import HASH_BYTES, GlobalState, chunk_length, digest_of, num_chunks
 from swarm.errors import BadMessage, NetworkError, PeerRefused, StateError
 from swarm.network.endpoint import Endpoint
+from swarm.network.records import MAX_TOKENS, Head
 
-LEASE_S = 60.0
+LEASE_S = 30.0
 """a donor keeps an old version this long after the last request for it"""
-MAX_LEASES = 2
+MAX_LEASES = 4
+MAX_VERSION = 2**40
 CHUNKS_IN_FLIGHT = 4
 """of one donor"""
 CHUNK_S = 30.0
@@ -48,7 +50,8 @@ class Donor:
         raise PeerRefused("this peer does not have that version any more")
 
     def manifest(self, digest: object) -> tuple[dict[str, Any], bytes]:
-        state = self.find(digest)
+        """Of the version with this digest; None: of the newest one, which is kept from now on."""
+        state = self.find(next(iter(self._states())).digest if digest is None else digest)
         return {"version": state.version, "tokens": state.tokens}, state.chunk_hashes
 
     def chunk(self, digest: object, index: object) -> bytes:
@@ -104,6 +107,19 @@ async def download(
     return state
 
 
+async def newest_head(
+    endpoint: Endpoint, fragment: int, donor: str, *, numel: int, num_buffers: int,
+    maddrs: Callable[[str], list[str]] = lambda peer_id: [],
+) -> Head:
+    """The head that a donor has right now, and keeps for us: in a quick swarm what it said a second ago is gone."""
+    total = num_chunks(numel, num_buffers)
+    header, hashes = await endpoint.call(
+        donor, "state", {"fragment": fragment}, deadline_s=CHUNK_S, max_answer=total * HASH_BYTES, maddrs=maddrs(donor)
+    )
+    version, tokens = _check_manifest(header, hashes, total)
+    return Head(version=version, digest=digest_of(fragment, version, tokens, hashes), tokens=tokens)
+
+
 async def _manifest(
     endpoint: Endpoint, wanted: Wanted, donors: list[str], maddrs: Callable[[str], list[str]]
 ) -> _Transfer:
@@ -115,11 +131,7 @@ async def _manifest(
                 donor, "state", {"fragment": wanted.fragment, "digest": wanted.digest}, deadline_s=CHUNK_S,
                 max_answer=total * HASH_BYTES, maddrs=maddrs(donor),
             )
-            version, tokens = header.get("version"), header.get("tokens")
-            if not (type(version) is int and type(tokens) is int and version >= 0 and tokens >= 0):  # True is an int
-                raise BadMessage("a manifest without version and tokens")
-            if len(hashes) != total * HASH_BYTES or max(version, tokens) >= 2**63:
-                raise BadMessage("a manifest of another shape than the run config's")
+            version, tokens = _check_manifest(header, hashes, total)
             if digest_of(wanted.fragment, version, tokens, hashes) != wanted.digest:
                 raise BadMessage("a manifest that does not match the digest")
             tensors = [torch.empty(wanted.numel) for _ in range(1 + wanted.num_buffers)]
@@ -128,6 +140,16 @@ async def _manifest(
             log.info("no manifest from %s: %s", donor[-6:], error)
             problem = error
     raise StateError(f"fragment {wanted.fragment}: nobody gave the manifest of {wanted.digest[:12]}", why=str(problem))
+
+
+def _check_manifest(header: dict[str, Any], hashes: bytes, total: int) -> tuple[int, int]:
+    """(version, tokens). Raises BadMessage."""
+    version, tokens = header.get("version"), header.get("tokens")
+    if not (type(version) is int and type(tokens) is int and version >= 0 and tokens >= 0):  # True is an int too
+        raise BadMessage("a manifest without version and tokens")
+    if len(hashes) != total * HASH_BYTES or version > MAX_VERSION or tokens > MAX_TOKENS:
+        raise BadMessage("a manifest of another shape than the run config's")
+    return version, tokens
 
 
 async def _fetch_from(

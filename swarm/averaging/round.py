@@ -102,8 +102,11 @@ class FragmentRounds:
             self.abort(opening.id, by=opening.opener)
             if not failed:
                 return None
-            log.info("fragment %d: trying again without %s", self._fragment, ", ".join(p[-6:] for p in failed))
-            members = [peer_id for peer_id in members if peer_id not in failed]
+            names = ", ".join(peer_id[-6:] for peer_id in failed)
+            log.info("fragment %d: trying again with nothing owned by %s", self._fragment, names)
+            # who failed owns nothing now, but while it lives it is invited: it may have moved on, and then says so
+            gone = failed - set(self._context.directory.alive())
+            members = [peer_id for peer_id in members if peer_id not in gone]
             owners = [peer_id for peer_id in owners if peer_id not in failed]
         return None
 

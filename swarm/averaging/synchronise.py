@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 from swarm.averaging.apply import Applier
 from swarm.averaging.context import Context
-from swarm.averaging.download import Wanted, download
+from swarm.averaging.download import Wanted, download, newest_head
 from swarm.averaging.messages import Commit
 from swarm.errors import NetworkError, StateError
 from swarm.events import Warning
@@ -23,6 +23,7 @@ ATTEST_S = 10.0
 ASK_S = 5.0
 MAX_ASKED = 8
 TRIES = 5
+AGAIN_S = 0.3
 
 log = logging.getLogger(__name__)
 
@@ -82,28 +83,42 @@ class Synchroniser:
         return {peer_id: status.heads[index] for peer_id, status in alive.items() if len(status.heads) > index}
 
     async def _choose(self, index: int) -> tuple[Head, list[str]]:
-        """The head with most tokens that two peers attest, and who knows it. Raises StateError: nobody is there."""
+        """A head that two peers attest, of the peer with most tokens, and who knows it. Raises StateError."""
         loop = asyncio.get_running_loop()
         deadline = loop.time() + ATTEST_S
         while True:
             heads = self._heads(index)
             if not heads:
                 raise StateError(f"nobody here holds fragment {index}", do="wait for another peer to come back")
-            for head in sorted(set(heads.values()), key=lambda head: (-head.tokens, head.digest)):
-                knowing = [peer_id for peer_id, other in heads.items() if other == head]
-                others = [peer_id for peer_id in heads if peer_id not in knowing][:MAX_ASKED]
+            source = max(heads, key=lambda peer_id: heads[peer_id].tokens)
+            try:
+                head = await self._newest_head(index, source)
+            except NetworkError as error:
+                if loop.time() > deadline:
+                    raise StateError(f"fragment {index}: nobody gives its newest version", why=str(error)) from None
+                await asyncio.sleep(AGAIN_S)
+                continue
+            others = [peer_id for peer_id in heads if peer_id != source][:MAX_ASKED]
+            knowing = [source]
+            for _ in range(2):  # the others may be just about to apply it
                 answers = await asyncio.gather(*(self._knows(peer_id, index, head) for peer_id in others))
-                knowing += [peer_id for peer_id, known in zip(others, answers, strict=True) if known]
-                alone = len(knowing) < min(2, len(heads))
-                if alone and loop.time() < deadline:
-                    continue
-                if alone:
-                    self._context.emit(Warning(
-                        f"fragment {index}: only one peer knows version {head.version}; took it, nobody has more"
-                    ))
-                self.attested_by_one = self.attested_by_one or len(knowing) == 1
+                knowing = [source, *(p for p, known in zip(others, answers, strict=True) if known)]
+                if len(knowing) >= min(2, len(heads)):
+                    self.attested_by_one = self.attested_by_one or len(knowing) == 1
+                    return head, knowing
+                await asyncio.sleep(AGAIN_S)
+            if loop.time() > deadline:
+                self._context.emit(Warning(
+                    f"fragment {index}: only one peer knows version {head.version}; took it, nobody has more"
+                ))
                 return head, knowing
-            await asyncio.sleep(0.3)
+
+    async def _newest_head(self, index: int, source: str) -> Head:
+        applier = self._appliers[index]
+        return await newest_head(
+            self._context.endpoint, index, source, numel=applier.layout.numel,
+            num_buffers=len(applier.ledger.state.buffers), maddrs=self._context.directory.maddrs,
+        )
 
     async def _knows(self, peer_id: str, index: int, head: Head) -> bool:
         try:

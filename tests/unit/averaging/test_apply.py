@@ -106,7 +106,7 @@ class Peer:
         if method == "knows":
             return {"known": self.applier.history.knows(header["version"], header["digest"])}, b""
         if method == "state":
-            return self.donor.manifest(header["digest"])
+            return self.donor.manifest(header.get("digest"))
         return {}, self.donor.chunk(header["digest"], header["index"])
 
 

@@ -59,7 +59,7 @@ class Wire:
                 raise PeerGone("cannot reach it")
             donor = self.donors[peer_id]
             if method == "state":
-                answer = donor.manifest(header["digest"])
+                answer = donor.manifest(header.get("digest"))
             else:
                 answer = {}, donor.chunk(header["digest"], header["index"])
             if peer_id in self.faults:
@@ -269,7 +269,14 @@ def test_leases_are_bounded() -> None:
     assert kept == MAX_LEASES
 
 
-@pytest.mark.parametrize("digest", [None, 5, {}, [], "x", "0" * 64])
+def test_who_names_no_version_gets_the_newest_and_it_is_kept() -> None:
+    state = state_of(numel=256)
+    donor = donor_of(state)
+    assert donor.manifest(None) == donor.manifest(state.digest)
+    assert donor.find(state.digest) is state
+
+
+@pytest.mark.parametrize("digest", [5, {}, [], "x", "0" * 64])
 def test_a_donor_refuses_what_it_does_not_have(digest: object) -> None:
     with pytest.raises(NetworkError):
         donor_of(state_of(numel=256)).manifest(digest)
