@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import json
 import queue
 import signal
@@ -24,6 +25,7 @@ from typing import Any
 
 START_S = 120.0
 LEAVE_S = 120.0
+PR_SET_PDEATHSIG = 1
 
 
 @dataclass
@@ -81,7 +83,8 @@ class LocalSwarm:
             "--listen", "/ip4/127.0.0.1/tcp/0", "--threads", str(self.threads), *arguments,
         ]
         process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+            preexec_fn=finish_with_parent,
         )
         peer = LocalPeer(number, home, process)
         self.peers.append(peer)
@@ -135,6 +138,12 @@ class LocalSwarm:
         for line in peer.process.stderr:
             peer.stderr.append(line)
             del peer.stderr[:-200]
+
+
+def finish_with_parent() -> None:
+    """In a peer, before it starts: should this script be killed, the peer finishes as after Ctrl+C (Linux)."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def summary(swarm: LocalSwarm, seconds: float) -> dict[str, Any]:
