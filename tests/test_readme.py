@@ -20,6 +20,7 @@ INLINE = re.compile(r"`((?:python -m swarm\.peer|scripts/)[^`]*)`")
 LINK = re.compile(r"\]\(([^)]+)\)")
 WITH_PARSER = {
     "quickstart": "quickstart", "monitor.py": "monitor", "export.py": "export", "local_swarm.py": "local_swarm",
+    "bench.py": "bench",
 }  # fmt: skip
 
 sys.path.insert(0, str(ROOT / "scripts"))  # as it is for a script that runs
