@@ -15,7 +15,7 @@ from swarm.data.tokenizer import load_tokenizer
 from tests.swarm.support import write_run
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
-from benches import loss  # noqa: E402
+from benches import loss
 
 
 def setup(tmp_path: Path, bits: int) -> tuple[RunConfig, torch.Tensor, torch.Tensor]:
