@@ -22,7 +22,7 @@ from swarm.averaging.global_state import GlobalState
 from swarm.averaging.layout import Layout
 from swarm.averaging.ledger import Ledger
 from swarm.averaging.messages import Commit, preferred
-from swarm.averaging.results import KEPT_COMMITS, History
+from swarm.averaging.results import COMMITS_AT_ONCE, History
 from swarm.errors import BadMessage, NetworkError, PeerRefused
 from swarm.events import Round
 from swarm.network import frames, records
@@ -163,7 +163,7 @@ class Applier:
             max_answer=MAX_COMMITS_BYTES, maddrs=self._context.directory.maddrs(peer_id),
         )
         raw = frames.parse_head(body).get("commits")
-        if not isinstance(raw, list) or len(raw) > KEPT_COMMITS:
+        if not isinstance(raw, list) or len(raw) > COMMITS_AT_ONCE:
             raise BadMessage("a list of commits that is none")
         return [records.parse(Commit, item) for item in raw]
 
@@ -182,7 +182,7 @@ class Applier:
         since = header.get("since")
         if not isinstance(since, int) or since < 0:
             raise BadMessage("commits since what?")
-        commits = [commit.model_dump() for commit in self.history.since(since, limit=KEPT_COMMITS)]
+        commits = [commit.model_dump() for commit in self.history.since(since, limit=COMMITS_AT_ONCE)]
         return json.dumps({"commits": commits}, separators=(",", ":")).encode()
 
     def _emit_round(self, commit: Commit, seconds: float) -> None:

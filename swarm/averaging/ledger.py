@@ -23,7 +23,8 @@ import torch
 from swarm.averaging.global_state import GlobalState
 from swarm.averaging.layout import Layout
 
-KEPT_ABSORBED = 16
+KEPT_ABSORBED = 256
+KEPT_ABSORBED_BYTES = 32 * 1024 * 1024
 """own contributions that can be taken back into the drift after a parted swarm has come together again"""
 
 
@@ -127,7 +128,9 @@ class Ledger:
         self._feedback = torch.zeros_like(state.weights)
         self._contributions: dict[str, Contribution] = {}
         self._applied: _Applied | None = None
-        self._absorbed: deque[_Absorbed] = deque(maxlen=KEPT_ABSORBED)
+        self._absorbed: deque[_Absorbed] = deque(
+            maxlen=min(KEPT_ABSORBED, max(16, KEPT_ABSORBED_BYTES // state.weights.numel()))
+        )
 
     @property
     def previous(self) -> GlobalState | None:

@@ -8,7 +8,9 @@ from collections import OrderedDict
 from swarm.averaging.messages import Commit
 
 KEPT_BYTES = 512 * 1024 * 1024
-KEPT_COMMITS = 32
+KEPT_COMMITS = 256
+"""of one fragment; as far back a parted swarm can tell whose contributions are in which history"""
+COMMITS_AT_ONCE = 32
 
 
 class Results:

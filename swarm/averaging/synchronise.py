@@ -15,6 +15,7 @@ from swarm.averaging.apply import Applier
 from swarm.averaging.context import Context
 from swarm.averaging.download import Wanted, download, newest_head
 from swarm.averaging.messages import Commit
+from swarm.averaging.results import COMMITS_AT_ONCE
 from swarm.errors import NetworkError, StateError
 from swarm.events import Warning
 from swarm.network.records import Head
@@ -136,13 +137,15 @@ class Synchroniser:
         applier, me = self._appliers[index], self._context.keypair.peer_id
         outstanding, recent = applier.ledger.outstanding(), applier.ledger.recent()
         theirs: dict[int, Commit] = {}
-        for version in sorted({*outstanding.values(), *recent.values()}):
+        for version in sorted({*outstanding.values(), *recent.values()}, reverse=True):
             for donor in donors:
-                if version in theirs:
-                    break
-                with contextlib.suppress(NetworkError):
-                    commits = await applier.commits_of(donor, since=version - 1)
-                    theirs |= {commit.opening.version: commit for commit in commits}
+                for since in (max(0, version - COMMITS_AT_ONCE), version - 1):  # many at once, or what there is
+                    if version not in theirs:
+                        with contextlib.suppress(NetworkError):
+                            commits = await applier.commits_of(donor, since=since)
+                            theirs |= {commit.opening.version: commit for commit in commits}
+            if version not in theirs and version <= applier.ledger.state.version:
+                break  # nobody keeps what is older either
 
         def has(opening_id: str, version: int) -> bool:
             commit = theirs.get(version)
