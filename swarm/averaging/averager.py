@@ -82,6 +82,7 @@ class Averager:
         ]
         self._parameters = parameters
         self._tick_task: asyncio.Task[None] | None = None
+        self._introducing: asyncio.Task[None] | None = None
         self.tokens_per_s = 0.0
         self.leaving = False
         self.serving = False
@@ -341,7 +342,6 @@ class Averager:
         opening.check(fragment.applier.layout.num_blocks)
         if opening.opener != link.peer_id or self._me not in opening.members:
             raise BadMessage("an opening by somebody else, or for somebody else")
-        self.context.spawn(self.context.directory.introduce(opening.members))
         if fragment.ledger.state.version < opening.version - 1:
             with contextlib.suppress(asyncio.TimeoutError, NetworkError):
                 await asyncio.wait_for(fragment.applier.catch_up(link.peer_id), min(CATCH_UP_S, opening.push_s / 2))
@@ -351,6 +351,8 @@ class Averager:
         reason = fragment.rounds.refuse_reason(opening)
         if reason is not None:
             raise PeerRefused(reason)
+        if self._introducing is None or self._introducing.done():  # one at a time, or openings could flood the DHT
+            self._introducing = self.context.spawn(self.context.directory.introduce(opening.members))
         return await fragment.rounds.take_part(opening), b""
 
     async def _on_push(self, link: Link, header: dict[str, Any], body: bytes) -> Answer:
@@ -366,7 +368,8 @@ class Averager:
     async def _on_commit(self, link: Link, header: dict[str, Any], body: bytes) -> Answer:
         commit = records.parse(Commit, header.get("commit"))
         fragment = self._fragment({"fragment": commit.opening.fragment})
-        self.context.spawn(self._consider(fragment, commit, link.peer_id))
+        if commit.opening.version - fragment.ledger.state.version in (0, 1):  # others are not worth their signatures
+            self.context.spawn(self._consider(fragment, commit, link.peer_id))
         return {}, b""
 
     async def _consider(self, fragment: _Fragment, commit: Commit, source: str) -> None:
