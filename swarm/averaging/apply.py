@@ -28,6 +28,8 @@ from swarm.events import Round
 from swarm.network import frames, records
 
 FETCH_S = 30.0
+LOOK_S = 0.5
+"""while waiting for a result that its owner is sending: whether the owner is still there"""
 MAX_COMMITS_BYTES = 1024 * 1024
 CLAIM_LIMIT = 16
 """times the run's tokens per round: the most that one contribution may claim"""
@@ -60,7 +62,7 @@ class Applier:
     async def _consider(self, commit: Commit, began_at: float | None, source: str) -> bool:
         clock = asyncio.get_running_loop().time
         began = clock() if began_at is None else began_at
-        await asyncio.to_thread(commit.check, self.layout.num_blocks, max_claim=self.max_claim)
+        commit.check(self.layout.num_blocks, max_claim=self.max_claim)
         async with self._lock:
             state, previous = self.ledger.state, self.ledger.previous
             version, base = commit.opening.version, commit.opening.base
@@ -95,8 +97,13 @@ class Applier:
         """The average of all parts, fp32 [numel], from the bytes that the owners have signed for."""
         opening = commit.opening
         holders = [opening.opener, *opening.members, *([source] if source else [])]
+        if self._context.keypair.peer_id in opening.members:
+            await asyncio.gather(*(
+                self._await_pushed(result.hash, opening.owner(part), opening.push_s)
+                for part, result in zip(opening.parts, commit.results, strict=True)
+            ))
         bodies = await asyncio.gather(*(
-            self._fetch(result.hash, [opening.owner(part), *holders], self._part_bytes(part.start, part.end))
+            self._fetch(result.hash, [opening.owner(part), *holders], self.part_bytes(part.start, part.end))
             for part, result in zip(opening.parts, commit.results, strict=True)
         ))
 
@@ -106,7 +113,15 @@ class Applier:
                 for part, data in zip(opening.parts, bodies, strict=True)
             ])
 
-        return await asyncio.to_thread(decode)
+        return await self._context.compute(decode, num_values=self.layout.numel)
+
+    async def _await_pushed(self, result_hash: str, owner: str, limit_s: float) -> None:
+        """Owners push their results to all members of a round: do not fetch what is on its way already."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + limit_s
+        while loop.time() < deadline and self._context.endpoint.is_linked(owner):
+            if await self._context.results.arrival(result_hash, timeout_s=LOOK_S):
+                return
 
     async def _fetch(self, result_hash: str, holders: list[str], size: int) -> bytes:
         data = self._context.results.get(result_hash)
@@ -132,7 +147,7 @@ class Applier:
         self._context.results.put(data)  # from here others can fetch it too
         return data
 
-    def _part_bytes(self, start: int, end: int) -> int:
+    def part_bytes(self, start: int, end: int) -> int:
         fine = self.layout.fine_in(start, end)
         return codec.encoded_bytes(fine, end - start - fine, self._bits)
 

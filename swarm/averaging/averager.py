@@ -160,7 +160,7 @@ class Averager:
         """Tell the next openers now that there is something to average (`sync` runs, and peers that leave)."""
         openers = set()
         for index, fragment in enumerate(self._fragments):
-            peers, _ = self._holders(index)
+            peers, _ = self._holders(index, self.context.directory.alive())
             state = fragment.ledger.state
             openers.add(plan.rank([self._me, *peers], fragment=index, version=state.version + 1)[0])
         await asyncio.gather(*(self.context.directory.tell(peer_id) for peer_id in openers - {self._me}))
@@ -171,13 +171,13 @@ class Averager:
     def _me(self) -> str:
         return self.context.keypair.peer_id
 
-    def _holders(self, index: int) -> tuple[list[str], list[str]]:
+    def _holders(self, index: int, everybody: Mapping[str, Status]) -> tuple[list[str], list[str]]:
         """Live peers that hold a fragment: (at this peer's version, at another one). Who leaves counts while it has
         drift to give. All are invited: those behind catch up at that moment (where rounds are quicker than heartbeats,
         a newcomer would otherwise run after them for ever), and those ahead stop a round that would fork history."""
         fragment, now = self._fragments[index], asyncio.get_running_loop().time()
         alive = [
-            peer_id for peer_id, status in self.context.directory.alive().items()
+            peer_id for peer_id, status in everybody.items()
             if status.heads and not (status.leaving and not status.pending[index:index + 1] > [0])
         ]
         level = fragment.progress.at(fragment.ledger.state.digest, alive)
@@ -187,18 +187,19 @@ class Averager:
     async def _tick_forever(self) -> None:
         loop = asyncio.get_running_loop()
         while True:
+            everybody = self.context.directory.alive()
             for index in range(len(self._fragments)):
                 try:
-                    self._maybe_open(index, loop.time())
+                    self._maybe_open(index, everybody, loop.time())
                 except Exception:  # a bug of ours in one round must not end all rounds
                     log.exception("fragment %d: cannot tell whether to open a round", index)
             await asyncio.sleep(TICK_S / 10 if self._sync_mode else TICK_S)
 
-    def _maybe_open(self, index: int, now: float) -> None:
+    def _maybe_open(self, index: int, everybody: Mapping[str, Status], now: float) -> None:
         fragment = self._fragments[index]
         if fragment.opening or fragment.downloading or fragment.rounds.in_round() or self.context.directory.unsure():
             return
-        holders, others = self._holders(index)
+        holders, others = self._holders(index, everybody)
         if not self._is_due(index, holders, now):
             fragment.due_since = None
             return
@@ -320,6 +321,7 @@ class Averager:
         endpoint.on("open", self._on_open)
         endpoint.on("push", self._on_push, max_body=largest)
         endpoint.on("reduce", self._on_reduce)
+        endpoint.on("reduced", self._on_reduced, max_body=largest)
         endpoint.on("abort", self._on_abort)
         endpoint.on("commit", self._on_commit)
         endpoint.on("commits", self._on_commits)
@@ -356,10 +358,15 @@ class Averager:
         return await fragment.rounds.take_part(opening), b""
 
     async def _on_push(self, link: Link, header: dict[str, Any], body: bytes) -> Answer:
-        return await self._fragment(header).rounds.push(header, body, sender=link.peer_id), b""
+        await self._fragment(header).rounds.owner.push(header, body, sender=link.peer_id)
+        return {}, b""
 
     async def _on_reduce(self, link: Link, header: dict[str, Any], body: bytes) -> Answer:
-        return await self._fragment(header).rounds.reduce(header, asker=link.peer_id), b""
+        return await self._fragment(header).rounds.owner.reduce(header, asker=link.peer_id), b""
+
+    async def _on_reduced(self, link: Link, header: dict[str, Any], body: bytes) -> Answer:
+        self._fragment(header).rounds.reduced(header, body, sender=link.peer_id)
+        return {}, b""
 
     async def _on_abort(self, link: Link, header: dict[str, Any], body: bytes) -> Answer:
         self._fragment(header).rounds.abort(header.get("id"), by=link.peer_id)

@@ -42,11 +42,16 @@ def encode(values: torch.Tensor, num_fine: int, bits: int) -> bytes:
     Raises PeerRefused where a value is not finite or beyond all reason: this peer has nothing to contribute then, and
     the others go on without it.
     """
+    return encode_and_read(values, num_fine, bits)[0]
+
+
+def encode_and_read(values: torch.Tensor, num_fine: int, bits: int) -> tuple[bytes, torch.Tensor]:
+    """(encoded, what `decode` makes of it, fp32 [num_blocks * 256]); for who keeps an error feedback."""
     values = values.contiguous()
     if bits == 32:
         if not bool((values.abs() < MAX_MAGNITUDE).all()):  # false for NaN too
             raise PeerRefused("values that are not finite cannot be averaged")
-        return values.numpy().tobytes()
+        return values.numpy().tobytes(), values
     blocks = values.view(-1, BLOCK)
     levels = _levels(len(blocks), num_fine, bits)
     absmax = blocks.abs().amax(dim=1)
@@ -58,18 +63,19 @@ def encode(values: torch.Tensor, num_fine: int, bits: int) -> bytes:
         relative = torch.zeros(len(blocks), dtype=torch.float16)
     else:
         relative = (scales / unit).to(torch.float16)
-    exact = relative.to(torch.float32) * unit  # what the receiver will multiply with
-    divisor = torch.where(exact > 0, exact, torch.ones_like(exact)).unsqueeze(1)
+    exact = (relative.to(torch.float32) * unit).unsqueeze(1)  # what the receiver will multiply with
+    divisor = torch.where(exact > 0, exact, torch.inf)  # a block whose scale is gone becomes zero
     limit = levels.unsqueeze(1)
-    integers = (blocks / divisor).round_().clamp_(-limit, limit)
-    integers = torch.where(exact.unsqueeze(1) > 0, integers, torch.zeros_like(integers)).to(torch.int8)
+    whole = (blocks / divisor).round_().clamp_(-limit, limit)
+    integers = whole.to(torch.int8)
+    said = whole.mul_(exact).view(-1)
     header = torch.tensor([unit], dtype=torch.float32).numpy().tobytes() + relative.numpy().tobytes()
-    fine, coarse = integers[:num_fine], integers[num_fine:]
     if bits == 8:
-        return header + integers.numpy().tobytes()
-    nibbles = (coarse + 8).to(torch.uint8).view(-1, 2)
-    packed = nibbles[:, 0] | (nibbles[:, 1] << 4)
-    return header + fine.numpy().tobytes() + packed.numpy().tobytes()
+        return header + integers.numpy().tobytes(), said
+    fine, coarse = integers[:num_fine], integers[num_fine:]
+    pairs = (coarse + 8).view(torch.int16)  # two nibbles, the first one in the low byte
+    packed = (pairs | (pairs >> 4)).to(torch.uint8)
+    return header + fine.numpy().tobytes() + packed.numpy().tobytes(), said
 
 
 def decode(data: bytes, num_blocks: int, num_fine: int, bits: int) -> torch.Tensor:

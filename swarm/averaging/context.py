@@ -16,6 +16,9 @@ from swarm.network.keys import Keypair
 
 T = TypeVar("T")
 
+INLINE_VALUES = 100_000
+"""arithmetic on fewer values takes under a millisecond: less than handing it to another thread and back"""
+
 
 class AtBoundary(Protocol):
     """Runs a function between two microbatches of the training thread (at once where nothing trains)."""
@@ -41,6 +44,10 @@ class Context:
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
         return task
+
+    async def compute(self, function: Callable[[], T], *, num_values: int) -> T:
+        """Arithmetic on `num_values` values, beside the event loop where it would hold it up."""
+        return function() if num_values < INLINE_VALUES else await asyncio.to_thread(function)
 
     def bytes_since_last_round(self) -> tuple[int, int]:
         """(sent, received) on all links since this was last asked: rounds, heartbeats, downloads, everything. Summed

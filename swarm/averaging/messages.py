@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Annotated
 
 from pydantic import Field
@@ -54,7 +55,7 @@ class Opening(Strict):
     def opener(self) -> str:
         return self.members[0]
 
-    @property
+    @cached_property
     def id(self) -> str:
         return hashlib.sha256(canonical(self)).hexdigest()
 
@@ -92,7 +93,7 @@ class Commit(Strict):
     def tokens(self) -> int:
         return sum(contributor.tokens for contributor in self.contributors)
 
-    @property
+    @cached_property
     def hash(self) -> str:
         return hashlib.sha256(canonical(self)).hexdigest()
 

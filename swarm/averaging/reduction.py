@@ -13,7 +13,6 @@ from collections.abc import Mapping
 import torch
 
 from swarm.averaging import codec, plan
-from swarm.averaging.layout import BLOCK
 
 NORM_LIMIT = 4.0
 """times the median norm per square root of tokens; honest peers differ by less, a sign flip times 1000 does not"""
@@ -47,5 +46,5 @@ def reduce_part(
     `feedback` fp32 [numel] is charged only when the result is in a commit; until then the caller keeps the old one.
     """
     wanted = combine(contributions, tokens) + feedback
-    data = codec.encode(wanted, num_fine, bits)
-    return data, wanted - codec.decode(data, wanted.numel() // BLOCK, num_fine, bits)
+    data, said = codec.encode_and_read(wanted, num_fine, bits)
+    return data, wanted - said

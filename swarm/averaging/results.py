@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 from collections import OrderedDict
 
@@ -19,6 +20,7 @@ class Results:
     def __init__(self, kept_bytes: int = KEPT_BYTES) -> None:
         self._kept_bytes, self._bytes = kept_bytes, 0
         self._by_hash: OrderedDict[str, bytes] = OrderedDict()
+        self._awaited: dict[str, set[asyncio.Future[None]]] = {}
 
     def put(self, data: bytes) -> str:
         key = hashlib.sha256(data).hexdigest()
@@ -27,7 +29,27 @@ class Results:
             self._bytes += len(data)
             while self._bytes > self._kept_bytes and len(self._by_hash) > 1:
                 self._bytes -= len(self._by_hash.popitem(last=False)[1])
+            for coming in self._awaited.get(key, ()):
+                if not coming.done():
+                    coming.set_result(None)
         return key
+
+    async def arrival(self, key: str, *, timeout_s: float) -> bool:
+        """Wait for bytes that somebody is sending; False where they have not come."""
+        if key in self._by_hash:
+            return True
+        coming = asyncio.get_running_loop().create_future()
+        waiting = self._awaited.setdefault(key, set())
+        waiting.add(coming)
+        try:
+            await asyncio.wait_for(coming, timeout_s)
+        except asyncio.TimeoutError:
+            return False
+        finally:
+            waiting.discard(coming)
+            if not waiting:
+                self._awaited.pop(key, None)
+        return True
 
     def get(self, key: str) -> bytes | None:
         return self._by_hash.get(key)

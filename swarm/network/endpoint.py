@@ -79,6 +79,14 @@ class Endpoint:
         link = await self.link_to(peer_id, maddrs=maddrs)
         return await link.call(method, header, body, deadline_s=deadline_s, max_answer=max_answer)
 
+    async def notify(
+        self, peer_id: str, method: str, header: dict[str, Any] | None = None, body: bytes = b"", *,
+        deadline_s: float, maddrs: Iterable[str] = (),
+    ) -> None:
+        """Tell one peer without being answered; see `Link.notify`. Raises PeerGone."""
+        link = await self.link_to(peer_id, maddrs=maddrs)
+        await link.notify(method, header, body, deadline_s=deadline_s)
+
     async def link_to(self, peer_id: str, *, maddrs: Iterable[str] = ()) -> Link:
         """The link to a peer; dialled once even when many ask at the same time. Raises PeerGone with the reason."""
         for link in reversed(self._links.get(peer_id, ())):

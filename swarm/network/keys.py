@@ -5,6 +5,7 @@ libp2p peer id spec: https://github.com/libp2p/specs/blob/master/peer-ids/peer-i
 
 from __future__ import annotations
 
+import functools
 import hashlib
 
 from cryptography.exceptions import InvalidSignature
@@ -36,15 +37,24 @@ class Keypair:
 def verify(peer_id: str, message: bytes, signature: bytes) -> bool:
     """True where `peer_id`'s key signed `message`. Never raises on bytes from strangers."""
     try:
-        if len(peer_id) > MAX_PEER_ID_CHARACTERS:  # base58 takes quadratic time
+        key = _public_key(peer_id)
+        if key is None:
             return False
-        raw = PeerID.from_base58(peer_id).to_bytes()
-        if len(raw) != 38 or not raw.startswith(_ID_PREFIX) or PeerID(raw).to_base58() != peer_id:
-            return False
-        Ed25519PublicKey.from_public_bytes(raw[len(_ID_PREFIX):]).verify(signature, message)
+        key.verify(signature, message)
     except (InvalidSignature, ValueError, TypeError):
         return False
     return True
+
+
+@functools.lru_cache(maxsize=1024)
+def _public_key(peer_id: str) -> Ed25519PublicKey | None:
+    """The key that a peer id is; None where it is none. base58 takes longer to read than the signature to verify."""
+    if len(peer_id) > MAX_PEER_ID_CHARACTERS:  # base58 takes quadratic time
+        return None
+    raw = PeerID.from_base58(peer_id).to_bytes()
+    if len(raw) != 38 or not raw.startswith(_ID_PREFIX) or PeerID(raw).to_base58() != peer_id:
+        return None
+    return Ed25519PublicKey.from_public_bytes(raw[len(_ID_PREFIX):])
 
 
 _ADJECTIVES = (

@@ -19,6 +19,7 @@ from typing import Any
 
 from swarm.errors import BadMessage, NetworkError, PeerGone, PeerRefused
 from swarm.network import frames
+from swarm.network.pacing import ACK_BYTES, Pacing
 
 STALL_S = 20.0
 MAX_CALLS = 64
@@ -69,6 +70,7 @@ class _Request:
     head: dict[str, Any]
     expected: int
     timer: asyncio.TimerHandle
+    quiet: bool
     body: bytearray = field(default_factory=bytearray)
 
 
@@ -89,9 +91,15 @@ class Link:
         self.last_heard = asyncio.get_running_loop().time()
         self._reader, self._writer, self._methods = reader, writer, methods
         self._urgent: deque[bytes] = deque()
-        self._bulk: deque[tuple[int, int, memoryview]] = deque()
+        self._bulk: deque[tuple[int, int, memoryview, bool]] = deque()
+        """(kind, call, bytes, the last ones of that body)"""
         self._queued_bytes = 0
         self._wake, self._room = asyncio.Event(), asyncio.Event()
+        self.pacing = Pacing()
+        """of what we send"""
+        self._bodies_received = self._acknowledged = 0
+        self._leaving: dict[int, asyncio.Future[None]] = {}
+        """quiet requests whose bodies are not yet on their way"""
         self._calls: dict[int, _Call] = {}
         self._requests: dict[int, _Request] = {}
         self._answering: dict[int, asyncio.Task[None]] = {}
@@ -121,18 +129,39 @@ class Link:
         finally:
             del self._calls[call]
             if not waiting.answered and not self.closed.is_set():
-                self._drop_queued(frames.REQUEST_BODY, call)
-                self._urgent.append(frames.pack(frames.CANCEL, call, b""))
-                self._wake.set()
+                self._cancel(frames.REQUEST_BODY, call)
+
+    async def notify(
+        self, method: str, header: dict[str, Any] | None = None, body: bytes = b"", *, deadline_s: float
+    ) -> None:
+        """Tell without being answered: half the messages of a call. Returns once the body is on its way; what becomes of
+        it, the other side must say by other means. Raises PeerGone when the link ends or the deadline passes before."""
+        if self.closed.is_set():
+            raise PeerGone(f"{method}: the link to {self.peer_id[-6:]} is closed")
+        call, self._next_call = self._next_call, (self._next_call + 1) % 2**32
+        head = frames.pack_head({"m": method, "h": header or {}, "n": len(body), "q": True})
+        self._send(frames.REQUEST, frames.REQUEST_BODY, call, head, body)
+        if not body:
+            return
+        leaving = self._leaving[call] = asyncio.get_running_loop().create_future()
+        try:
+            await asyncio.wait_for(leaving, deadline_s)
+        except asyncio.TimeoutError:
+            raise PeerGone(f"{method}: {self.peer_id[-6:]} did not take it within {deadline_s:.1f} s") from None
+        finally:
+            del self._leaving[call]
+            if (leaving.cancelled() or not leaving.done()) and not self.closed.is_set():
+                self._cancel(frames.REQUEST_BODY, call)
 
     def close(self, reason: str = "closed") -> None:
         if self.closed.is_set():
             return
         self.closed.set()
         self._wake.set()
-        for waiting in self._calls.values():
-            if not waiting.future.done():
-                waiting.future.set_exception(PeerGone(f"the link to {self.peer_id[-6:]} ended", why=reason))
+        futures: list[asyncio.Future[Any]] = [waiting.future for waiting in self._calls.values()]
+        for future in [*futures, *self._leaving.values()]:
+            if not future.done():
+                future.set_exception(PeerGone(f"the link to {self.peer_id[-6:]} ended", why=reason))
         for request in self._requests.values():
             request.timer.cancel()
             self._budget.used -= len(request.body)
@@ -148,30 +177,51 @@ class Link:
     def _send(self, head_kind: int, body_kind: int, call: int, head: bytes, body: bytes) -> None:
         self._urgent.append(frames.pack(head_kind, call, head))
         view = memoryview(body)
-        for start in range(0, len(body), frames.MAX_FRAME_BYTES):
-            self._bulk.append((body_kind, call, view[start:start + frames.MAX_FRAME_BYTES]))
+        for start in range(0, len(body), frames.FRAME_BYTES):
+            part = view[start:start + frames.FRAME_BYTES]
+            self._bulk.append((body_kind, call, part, start + len(part) == len(body)))
         self._queued_bytes += len(body)
         self._wake.set()
 
+    def _cancel(self, body_kind: int, call: int) -> None:
+        self._drop_queued(body_kind, call)
+        self._urgent.append(frames.pack(frames.CANCEL, call, b""))
+        self._wake.set()
+
     async def _write_loop(self) -> None:
-        """Heads first, then bodies frame by frame: control traffic never starves behind tensors."""
+        """Heads first, then bodies frame by frame, as many as pacing lets go: control traffic never starves behind
+        tensors. What is there is written at once: each write costs four processes a wake-up on its way."""
+        loop = asyncio.get_running_loop()
         try:
             while not self.closed.is_set():
-                while self._urgent or self._bulk:
-                    frame = self._urgent.popleft() if self._urgent else self._next_bulk()
-                    self._writer.write(frame)
-                    self.bytes_sent += len(frame)
-                    await asyncio.wait_for(self._writer.drain(), STALL_S)
                 self._wake.clear()
-                await self._wake.wait()
+                batch = list(self._urgent)
+                self._urgent.clear()
+                if self._bulk and self.pacing.room() > 0:
+                    batch.append(self._next_bulk(loop.time()))
+                if batch:
+                    data = b"".join(batch)
+                    self._writer.write(data)
+                    self.bytes_sent += len(data)
+                    if self._writer.transport.get_write_buffer_size():  # what went straight into the socket waits no more
+                        await asyncio.wait_for(self._writer.drain(), STALL_S)
+                elif self._bulk:
+                    left_s = self.pacing.progress_at + STALL_S - loop.time()
+                    await asyncio.wait_for(self._wake.wait(), max(left_s, 0.01))
+                else:
+                    await self._wake.wait()
         except asyncio.TimeoutError:
             self.close(f"it took no bytes for {STALL_S:.0f} s")
         except OSError:
             self.close("the connection ended")
 
-    def _next_bulk(self) -> bytes:
-        kind, call, part = self._bulk.popleft()
+    def _next_bulk(self, now: float) -> bytes:
+        kind, call, part, last = self._bulk.popleft()
         self._unqueue(len(part))
+        self.pacing.on_sent(len(part), now=now)
+        leaving = self._leaving.get(call) if kind == frames.REQUEST_BODY and last else None
+        if leaving is not None and not leaving.done():
+            leaving.set_result(None)
         return frames.pack(kind, call, part)
 
     def _unqueue(self, size: int) -> None:
@@ -185,12 +235,17 @@ class Link:
                 kind, call, payload = await frames.read(self._reader)
                 self.bytes_received += len(payload) + frames.HEADER_BYTES
                 self.last_heard = asyncio.get_running_loop().time()
+                if kind in (frames.REQUEST_BODY, frames.ANSWER_BODY):
+                    self._count_body(len(payload))
                 if kind == frames.REQUEST:
                     self._on_request(call, payload)
                 elif kind == frames.REQUEST_BODY:
                     self._on_request_body(call, payload)
                 elif kind == frames.CANCEL:
                     self._on_cancel(call)
+                elif kind == frames.ARRIVED:
+                    self.pacing.on_arrived(frames.parse_arrived(payload), now=self.last_heard)
+                    self._wake.set()
                 else:
                     self._on_answer(kind, call, payload)
         except (OSError, asyncio.IncompleteReadError):
@@ -202,9 +257,16 @@ class Link:
             log.exception("closing the link to %s", self.peer_id)
             self.close("internal error")
 
+    def _count_body(self, size: int) -> None:
+        self._bodies_received += size
+        if self._bodies_received - self._acknowledged >= ACK_BYTES:
+            self._acknowledged = self._bodies_received
+            self._urgent.append(frames.pack_arrived(self._bodies_received))
+            self._wake.set()
+
     def _on_request(self, call: int, payload: bytes) -> None:
         head = frames.parse_head(payload)
-        name, header, length = head.get("m"), head.get("h"), head.get("n")
+        name, header, length, quiet = head.get("m"), head.get("h"), head.get("n"), head.get("q") is True
         if not (isinstance(name, str) and isinstance(header, dict) and isinstance(length, int) and length >= 0):
             raise BadMessage("a request without method, header and length")
         if call in self._requests or call in self._answering:
@@ -215,7 +277,7 @@ class Link:
         if method is None or not (self.greeted or self._dialled or name == "hello"):
             if len(self._urgent) > MAX_QUEUED_HEADS:
                 raise BadMessage("it asks and takes no answers")
-            self._refuse(call, "no such method" if method is None else "say hello first")
+            self._refuse(call, "no such method" if method is None else "say hello first", quiet=quiet)
             method = Method(_swallow, frames.MAX_FRAME_BYTES * 1024) if length else None
         if method is None:
             return
@@ -224,7 +286,7 @@ class Link:
         if length + sum(r.expected for r in self._requests.values()) > MAX_WAITING_BYTES:
             raise BadMessage(f"more than {MAX_WAITING_BYTES} bytes of requests at once")
         timer = asyncio.get_running_loop().call_later(MAX_BODY_S, self.close, f"a body took over {MAX_BODY_S:.0f} s")
-        self._requests[call] = _Request(method, header, length, timer)
+        self._requests[call] = _Request(method, header, length, timer, quiet)
         self._maybe_answer(call)
 
     def _on_request_body(self, call: int, payload: bytes) -> None:
@@ -270,25 +332,30 @@ class Link:
         kept = deque(item for item in self._bulk if item[:2] != (kind, call))
         if len(kept) < len(self._bulk):
             self._bulk = kept
-            self._unqueue(self._queued_bytes - sum(len(part) for _, _, part in kept))
+            self._unqueue(self._queued_bytes - sum(len(part) for _, _, part, _ in kept))
 
     async def _answer(self, call: int, request: _Request) -> None:
         try:
             header, body = await request.method.handler(self, request.head, bytes(request.body))
+            if request.quiet:
+                return
             head = frames.pack_head({"h": header, "n": len(body)})
             while body and self._queued_bytes >= MAX_QUEUED_BYTES:
                 self._room.clear()
                 await self._room.wait()
             self._send(frames.ANSWER, frames.ANSWER_BODY, call, head, body)
         except NetworkError as error:
-            self._refuse(call, str(error))
+            self._refuse(call, str(error), quiet=request.quiet)
         except Exception:
             log.exception("a handler failed")
-            self._refuse(call, "internal error")
+            self._refuse(call, "internal error", quiet=request.quiet)
         if len(self._urgent) > MAX_QUEUED_HEADS:
             self.close("it asks and takes no answers")
 
-    def _refuse(self, call: int, why: str) -> None:
+    def _refuse(self, call: int, why: str, *, quiet: bool = False) -> None:
+        if quiet:
+            log.info("a message from %s: %s", self.peer_id[-6:], why)
+            return
         self._urgent.append(frames.pack(frames.REFUSED, call, frames.pack_head({"why": why[:500]})))
         self._wake.set()
 

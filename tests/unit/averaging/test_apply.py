@@ -83,6 +83,9 @@ class Peer:
         head = Head(version=state.version, digest=state.digest, tokens=state.tokens)
         return Status(run_id=self.context.run.run_id, name="x", role="trainer", heads=[head])
 
+    def is_linked(self, peer_id: str) -> bool:
+        return False  # nobody pushes results here: they are fetched
+
     async def call(
         self, peer_id: str, method: str, header: dict[str, Any], body: bytes = b"", *, deadline_s: float,
         max_answer: int = 0, maddrs: Iterable[str] = (),

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from swarm.errors import PeerGone, PeerRefused
-from swarm.network import frames, link
+from swarm.network import frames, link, pacing
 from swarm.network.link import Budget, Method
 from tests.unit.network.link_support import (
     MB,
@@ -74,13 +74,16 @@ def test_heads_overtake_bulk_bodies():
     """A heartbeat that is asked after a tensor is on the wire before the tensor's body."""
 
     async def test():
-        async with one_link() as (ours, reader, _writer):
+        async with one_link() as (ours, reader, writer):
             tensor = asyncio.create_task(ours.call("push", {}, bytes(8 * MB), deadline_s=PATIENCE_S))
             beat = asyncio.create_task(ours.call("status", {}, deadline_s=PATIENCE_S))
-            seen = []
-            while len(seen) < 18:
+            seen, arrived = [], 0
+            while arrived < 8 * MB:
                 kind, call, payload = await read_frame(reader)
                 seen.append((kind, call, len(payload)))
+                if kind == frames.REQUEST_BODY:
+                    arrived += len(payload)
+                    writer.write(frames.pack_arrived(arrived))
             heads = [position for position, frame in enumerate(seen) if frame[0] == frames.REQUEST]
             assert heads == [0, 1]
             assert sum(size for kind, _, size in seen if kind == frames.REQUEST_BODY) == 8 * MB
@@ -271,5 +274,88 @@ def test_a_body_that_never_comes_closes_the_link(monkeypatch):
     async def test():
         async with one_link() as (ours, _reader, writer):
             await closed_with(ours, request(1, "echo", 100), writer=writer)
+
+    run(test)
+
+
+def test_a_quiet_message_is_handled_and_not_answered():
+    async def test():
+        heard = asyncio.Queue()
+
+        async def hear(link, header, body):
+            await heard.put((header, body))
+            return {"ignored": True}, b"ignored"
+
+        async with two_links({**METHODS, "hear": Method(hear, MB)}) as (asker, answerer):
+            await asker.notify("hear", {"a": 1}, bytes(300_000), deadline_s=PATIENCE_S)
+            await asker.notify("hear", {"b": 2}, deadline_s=PATIENCE_S)
+            assert await heard.get() == ({"a": 1}, bytes(300_000))
+            assert await heard.get() == ({"b": 2}, b"")
+            for method in ("refuse", "stumble", "no such method"):
+                await asker.notify(method, deadline_s=PATIENCE_S)
+            assert await asker.call("echo", {"c": 3}, deadline_s=PATIENCE_S) == ({"c": 3}, b"")
+            assert not asker._calls and not asker._leaving and not answerer._answering
+
+    run(test)
+
+
+def test_a_quiet_message_that_is_called_off_takes_its_body_back():
+    async def test():
+        async with one_link() as (ours, reader, _writer):
+            with pytest.raises(PeerGone, match="did not take it"):
+                await ours.notify("push", {}, bytes(4 * MB), deadline_s=0.1)
+            assert not ours._bulk and ours._queued_bytes == 0 and not ours._leaving
+            kind = size = 0
+            while kind != frames.CANCEL:
+                kind, _, payload = await read_frame(reader)
+                size += len(payload)
+            assert size < MB, "no more than the window was on its way"
+
+    run(test)
+
+
+def test_a_quiet_message_ends_with_the_link():
+    async def test():
+        async with one_link() as (ours, _reader, _writer):
+            telling = asyncio.create_task(ours.notify("push", {}, bytes(4 * MB), deadline_s=PATIENCE_S))
+            await soon(lambda: ours._leaving)
+            ours.close("over")
+            with pytest.raises(PeerGone, match="ended"):
+                await telling
+            with pytest.raises(PeerGone, match="closed"):
+                await ours.notify("push", deadline_s=PATIENCE_S)
+
+    run(test)
+
+
+def test_bodies_wait_for_the_other_side_and_heads_do_not():
+    """Who acknowledges nothing gets one window of a body, and every heartbeat."""
+
+    async def test():
+        async with one_link() as (ours, reader, writer):
+            tensor = asyncio.create_task(ours.call("push", {}, bytes(4 * MB), deadline_s=PATIENCE_S))
+            got = 0
+            while got < pacing.MIN_WINDOW:
+                kind, _, payload = await read_frame(reader)
+                got += len(payload) if kind == frames.REQUEST_BODY else 0
+            for _ in range(3):
+                beat = asyncio.create_task(ours.call("status", {}, deadline_s=PATIENCE_S))
+                kind, call, payload = await read_frame(reader)
+                assert kind == frames.REQUEST
+                writer.write(frames.pack(frames.ANSWER, call, frames.pack_head({"h": {}, "n": 0})))
+                await beat
+            writer.write(frames.pack_arrived(got))
+            kind, _, payload = await read_frame(reader)
+            assert kind == frames.REQUEST_BODY
+            tensor.cancel()
+            await asyncio.gather(tensor, return_exceptions=True)
+
+    run(test)
+
+
+def test_a_number_of_arrived_bytes_that_is_none_ends_the_link():
+    async def test():
+        async with one_link() as (ours, _reader, writer):
+            await closed_with(ours, frames.pack(frames.ARRIVED, 0, b"123"), writer=writer)
 
     run(test)

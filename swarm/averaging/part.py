@@ -1,0 +1,194 @@
+"""The owner of a part: gathers contributions, adds them up, quantises once, and hands the result to every member.
+
+It does not wait to be told: as soon as all members of an opening have spoken (with values, or to say that they have
+none), the result is made, signed for the opener and pushed to all, so that it is there before the commit that names it
+(two legs of the network saved). Where somebody stays silent, the opener asks for a result without it: `reduce`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from swarm.averaging import codec
+from swarm.averaging.apply import Applier
+from swarm.averaging.context import Context
+from swarm.averaging.layout import BLOCK
+from swarm.averaging.messages import Commit, Contributor, Opening, Part, PartResult, result_message
+from swarm.averaging.reduction import reduce_part
+from swarm.errors import BadMessage, NetworkError, PeerRefused
+from swarm.network import records
+
+OPENING_KNOWN_S = 5.0
+KEPT_OPENINGS = 8
+
+Contributors = tuple[tuple[int, int], ...]
+"""(member, tokens) of each contributor, by member"""
+
+
+def contributors_of(answers: dict[int, int]) -> Contributors:
+    """`answers`: member -> tokens. Who has none is no contributor."""
+    return tuple((member, tokens) for member, tokens in sorted(answers.items()) if tokens > 0)
+
+
+@dataclass
+class _Gathered:
+    """One opening at one member: the contributions to the part that it owns, if it owns one."""
+
+    opening: Opening
+    received: dict[int, tuple[int, torch.Tensor]] = field(default_factory=dict)
+    """member -> (tokens, decoded values of my part); no tokens: it has nothing to contribute"""
+    results: dict[Contributors, tuple[PartResult, torch.Tensor]] = field(default_factory=dict)
+    """made so far -> (result, the feedback that it leaves)"""
+    reducing: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+
+class PartOwner:
+    """Of one fragment at one peer, whichever part it owns in whichever opening."""
+
+    def __init__(
+        self, context: Context, applier: Applier, *, is_current: Callable[[str], bool],
+        on_result: Callable[[Opening, int, Contributors, PartResult], None],
+        send: Callable[[str, str, dict[str, Any], bytes, float], Awaitable[None]],
+    ) -> None:
+        """`is_current`: is an opening the one that this peer takes part in; `on_result` hears of results made here;
+        `send(peer_id, method, header, body, deadline_s)` tells another peer."""
+        self._context, self._applier, self._layout = context, applier, applier.layout
+        self._bits = context.run.averaging.bits
+        self._is_current, self._on_result, self._send = is_current, on_result, send
+        self._gathered: dict[str, _Gathered] = {}
+        self._changed = asyncio.Condition()
+        self._feedback: dict[tuple[int, int], torch.Tensor] = {}
+
+    async def expect(self, opening: Opening) -> None:
+        """This peer takes part in `opening`; only from now on does it take contributions to it."""
+        if opening.id not in self._gathered:
+            while len(self._gathered) >= KEPT_OPENINGS:
+                del self._gathered[next(iter(self._gathered))]
+            self._gathered[opening.id] = _Gathered(opening)
+        async with self._changed:
+            self._changed.notify_all()
+
+    def opening(self, opening_id: object) -> Opening | None:
+        gathered = self._gathered.get(str(opening_id))
+        return gathered.opening if gathered is not None else None
+
+    # -- contributions ----------------------------------------------------------------------------------------------
+
+    async def push(self, header: dict[str, Any], data: bytes, *, sender: str) -> None:
+        """A member's contribution to my part. Raises NetworkError where it is none; the sender is not told, the opener
+        sees that it is missing."""
+        opening_id, tokens = header.get("id"), header.get("tokens")
+        if not isinstance(opening_id, str) or type(tokens) is not int or not 0 <= tokens <= self._applier.max_claim:
+            raise BadMessage("a push without id, or with an impossible number of tokens")
+        async with self._changed:  # a member may hear of the opening before we do
+            try:
+                await asyncio.wait_for(self._changed.wait_for(lambda: opening_id in self._gathered), OPENING_KNOWN_S)
+            except asyncio.TimeoutError:
+                raise PeerRefused("this peer does not know that opening") from None
+        await self.keep(opening_id, sender, tokens, data)
+
+    async def keep(self, opening_id: str, sender: str, tokens: int, data: bytes) -> None:
+        gathered = self._gathered.get(opening_id)
+        if gathered is None:
+            raise PeerRefused("that opening is over")
+        opening = gathered.opening
+        _, part = self._my_part(opening)
+        if sender not in opening.members or opening.members.index(sender) in gathered.received:
+            raise PeerRefused("not a member of that opening, or a second push")
+        values = torch.zeros(0)
+        if tokens:
+            num_blocks, fine = part.end - part.start, self._layout.fine_in(part.start, part.end)
+            values = await self._context.compute(
+                lambda: codec.decode(data, num_blocks, fine, self._bits), num_values=num_blocks * BLOCK
+            )
+        gathered.received[opening.members.index(sender)] = (tokens, values)
+        async with self._changed:
+            self._changed.notify_all()
+        if len(gathered.received) == len(opening.members):
+            everybody = contributors_of({member: count for member, (count, _) in gathered.received.items()})
+            if everybody and self._is_current(opening_id):
+                await self._reduce(gathered, everybody)
+
+    # -- results ----------------------------------------------------------------------------------------------------
+
+    async def reduce(self, header: dict[str, Any], *, asker: str) -> dict[str, Any]:
+        """The opener wants a result of just these contributors: {"hash", "signature"}, or {"missing": members} of whom
+        nothing has come within the opening's `push_s`."""
+        gathered = self._gathered.get(str(header.get("id")))
+        if gathered is None or asker != gathered.opening.opener:
+            raise PeerRefused("this peer does not know that opening, or the asker did not open it")
+        opening, raw = gathered.opening, header.get("contributors")
+        if not isinstance(raw, list) or not 0 < len(raw) <= len(opening.members):
+            raise BadMessage("a reduction without contributors")
+        parsed = [records.parse(Contributor, item) for item in raw]
+        wanted = contributors_of({c.member: c.tokens for c in parsed if c.member < len(opening.members)})
+
+        def missing() -> list[int]:
+            return [member for member, tokens in wanted if gathered.received.get(member, (-1,))[0] != tokens]
+
+        async with self._changed:
+            try:
+                await asyncio.wait_for(self._changed.wait_for(lambda: not missing()), opening.push_s)
+            except asyncio.TimeoutError:
+                return {"missing": missing()}
+        if not self._is_current(opening.id):
+            raise PeerRefused("busy with another round")
+        return (await self._reduce(gathered, wanted)).model_dump()
+
+    async def _reduce(self, gathered: _Gathered, contributors: Contributors) -> PartResult:
+        async with gathered.reducing:
+            if contributors in gathered.results:
+                return gathered.results[contributors][0]
+            opening = gathered.opening
+            index, part = self._my_part(opening)
+            span, num_values = (part.start, part.end), (part.end - part.start) * BLOCK
+            feedback = self._feedback.get(span, torch.zeros(num_values))
+            values = {opening.members[member]: gathered.received[member][1] for member, _ in contributors}
+            tokens = {opening.members[member]: count for member, count in contributors}
+            data, left = await self._context.compute(
+                lambda: reduce_part(values, tokens, feedback, num_fine=self._layout.fine_in(*span), bits=self._bits),
+                num_values=num_values * len(values),
+            )
+            result_hash = self._context.results.put(data)
+            named = [Contributor(member=member, tokens=count) for member, count in contributors]
+            message = result_message(opening.id, index, named, result_hash)
+            result = PartResult(hash=result_hash, signature=self._context.keypair.sign(message).hex())
+            gathered.results[contributors] = (result, left)
+        self._on_result(opening, index, contributors, result)
+        header = {
+            "fragment": self._applier.fragment, "id": opening.id, "part": index,
+            "contributors": [c.model_dump() for c in named], **result.model_dump(),
+        }
+        for peer_id in opening.members:
+            if peer_id != self._context.keypair.peer_id:
+                self._context.spawn(self._hand_over(peer_id, header, data, opening.push_s))
+        return result
+
+    async def _hand_over(self, peer_id: str, header: dict[str, Any], data: bytes, deadline_s: float) -> None:
+        try:
+            await self._send(peer_id, "reduced", header, data, deadline_s)
+        except NetworkError:
+            return  # it fetches the bytes by their hash once it hears of the commit
+
+    def settled(self, commit: Commit) -> None:
+        """A commit was applied: charge the feedback of my part in it, drop all openings of its version."""
+        gathered = self._gathered.get(commit.opening.id)
+        made = gathered.results.get(contributors_of({c.member: c.tokens for c in commit.contributors})) if (
+            gathered is not None) else None
+        if made is not None:
+            _, part = self._my_part(commit.opening)
+            self._feedback = {(part.start, part.end): made[1]}
+        self._gathered = {
+            key: other for key, other in self._gathered.items() if other.opening.version > commit.opening.version
+        }
+
+    def _my_part(self, opening: Opening) -> tuple[int, Part]:
+        for index, part in enumerate(opening.parts):
+            if opening.owner(part) == self._context.keypair.peer_id:
+                return index, part
+        raise PeerRefused("this peer owns no part of that opening")
