@@ -335,7 +335,7 @@ def test_bodies_wait_for_the_other_side_and_heads_do_not():
         async with one_link() as (ours, reader, writer):
             tensor = asyncio.create_task(ours.call("push", {}, bytes(4 * MB), deadline_s=PATIENCE_S))
             got = 0
-            while got < pacing.MIN_WINDOW:
+            while got < pacing.FIRST_WINDOW:
                 kind, _, payload = await read_frame(reader)
                 got += len(payload) if kind == frames.REQUEST_BODY else 0
             for _ in range(3):
