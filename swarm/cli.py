@@ -44,6 +44,7 @@ _HELP: dict[str, dict[str, tuple[str, str]]] = {
         "threads": ("N", "CPU threads for training; 0: torch decides"),
         "listen": (_MADDR, "addresses to listen on (default: a free TCP port, kept for the next start)"),
         "announce": (_MADDR, "addresses to tell others, where they differ, as with port forwarding"),
+        "no_introductions": ("", "do not help peers behind closed routers to find each other"),
     },
     "what you see": {
         "ui": ("KIND", "auto (live on a terminal, else plain), plain, live or json"),

@@ -138,6 +138,8 @@ class PeerConfig:
     """multiaddresses to listen on; default: a free TCP port on every interface, kept for the next start"""
     announce: list[str] = field(default_factory=list)
     """multiaddresses to tell others, where they differ from `listen` (port forwarding)"""
+    no_introductions: bool = False
+    """do not tell peers behind routers each other's addresses"""
     until_tokens: int | None = None
     """leave cleanly once the swarm has trained this many tokens"""
     ui: str = "auto"

@@ -158,11 +158,11 @@ class Averager:
 
     async def announce(self) -> None:
         """Tell the next openers now that there is something to average (`sync` runs, and peers that leave)."""
-        openers = set()
+        openers, everybody = set(), self.context.directory.alive()
         for index, fragment in enumerate(self._fragments):
-            peers, _ = self._holders(index, self.context.directory.alive())
-            state = fragment.ledger.state
-            openers.add(plan.rank([self._me, *peers], fragment=index, version=state.version + 1)[0])
+            peers, _ = self._holders(index, everybody)
+            leaders = self._leaders(peers, everybody)
+            openers.add(plan.rank(leaders, fragment=index, version=fragment.ledger.state.version + 1)[0])
         await asyncio.gather(*(self.context.directory.tell(peer_id) for peer_id in openers - {self._me}))
 
     # -- when to open -----------------------------------------------------------------------------------------------
@@ -183,6 +183,12 @@ class Averager:
         level = fragment.progress.at(fragment.ledger.state.digest, alive)
         others = [p for p in alive if p not in level and fragment.distrusted_until.get(p, 0.0) < now]
         return level, others
+
+    def _leaders(self, holders: list[str], everybody: Mapping[str, Status]) -> list[str]:
+        """Who of this peer and the holders may open rounds and own parts."""
+        directory = self.context.directory
+        reaches = {self._me: directory.reach} | {peer_id: everybody[peer_id].reach for peer_id in holders}
+        return plan.leaders(reaches, others_outbound=directory.heard_of_outbound())
 
     async def _tick_forever(self) -> None:
         loop = asyncio.get_running_loop()
@@ -205,11 +211,15 @@ class Averager:
             return
         if fragment.due_since is None:
             fragment.due_since = now
-        order = plan.rank([self._me, *holders], fragment=index, version=fragment.ledger.state.version + 1)
+        leaders = self._leaders(holders, everybody)
+        if self._me not in leaders:
+            return
+        order = plan.rank(leaders, fragment=index, version=fragment.ledger.state.version + 1)
         patience_s = max(MIN_PATIENCE_S, 3 * statistics.median(fragment.recent_s or [1.0]))
         if now - fragment.due_since >= order.index(self._me) * patience_s and now >= fragment.retry_at:
             fragment.opening = True
-            self.context.spawn(self._open(fragment, holders, others))
+            owners = [p for p in leaders if p == self._me or self.context.directory.maddrs(p)]
+            self.context.spawn(self._open(fragment, [*holders, *others], owners))
 
     def _is_due(self, index: int, holders: list[str], now: float) -> bool:
         fragment, averaging = self._fragments[index], self.context.run.averaging
@@ -228,12 +238,12 @@ class Averager:
         someone_leaves = (self.leaving and mine > 0) or fragment.progress.leaving(holders)
         return total >= target or overdue or someone_leaves
 
-    async def _open(self, fragment: _Fragment, holders: list[str], others: list[str]) -> None:
+    async def _open(self, fragment: _Fragment, members: list[str], owners: list[str]) -> None:
         began = asyncio.get_running_loop().time()
-        owners = [self._me, *(peer_id for peer_id in holders if self.context.directory.maddrs(peer_id))]
         commit = None
         try:
-            commit = await fragment.rounds.open([*holders, *others][:MAX_MEMBERS - 1], owners[:MAX_MEMBERS])
+            invited = members[:MAX_MEMBERS - 1]
+            commit = await fragment.rounds.open(invited, [p for p in owners if p == self._me or p in invited])
         except (NetworkError, StateError) as error:
             log.warning("round of fragment %d: %s", fragment.applier.fragment, error)
         finally:

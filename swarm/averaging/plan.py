@@ -20,6 +20,15 @@ def rank(peers: Sequence[str], *, fragment: int, version: int) -> list[str]:
     return sorted(peers, key=weight)
 
 
+def leaders(reaches: Mapping[str, str], *, others_outbound: bool = False) -> list[str]:
+    """Who may open rounds and own parts, of peers with their `reach` (network/reachability.py): those that all others can
+    dial. Two peers behind routers meet by hole punching, but not where one of them is outbound (`others_outbound`: there
+    is such a peer that we have only heard of). Where nobody is left by that rule, everybody may."""
+    outbound = others_outbound or "outbound" in reaches.values()
+    allowed = ("public", "") if outbound else ("public", "punched", "")
+    return [peer_id for peer_id, reach in reaches.items() if reach in allowed] or list(reaches)
+
+
 def target_tokens(tokens_per_round: int, num_fragments: int, *, fragment: int, version: int, staggered: bool) -> int:
     """Swarm tokens since the last commit at which a fragment is due. The first rounds are shorter by the fragment's
     place, and so fragments take turns from then on: the uplink is used evenly and results are fresh."""

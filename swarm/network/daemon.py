@@ -59,8 +59,8 @@ class Daemon:
             "connManager": "1",
             "natPortMap": "0",  # never change a stranger's router
             "autonat": "1",
-            "relay": "1",
-            "relayService": "0",  # a volunteer does not carry other people's traffic unasked
+            "relay": "0",  # links never ride on relays, which cut them after 128 KiB; see introductions.py
+            "relayService": "0",
             "idleTimeout": "0s",
             "tls": "1",
         }

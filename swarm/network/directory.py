@@ -22,7 +22,8 @@ from swarm.network import records
 from swarm.network.dht import Dht
 from swarm.network.endpoint import Endpoint
 from swarm.network.link import Answer, Link
-from swarm.network.records import Maddr, PeerIdText, Status, Strict
+from swarm.network.reachability import OUTBOUND, can_meet
+from swarm.network.records import Maddr, PeerIdText, Reach, Status, Strict
 
 HEARTBEAT_S = 1.0
 UNSURE_S = 2.0
@@ -42,6 +43,7 @@ MAX_HEARSAY = 200
 MAX_HEARTBEATS = 32
 """peers told in one beat; in a larger swarm each beat takes others at random"""
 MAX_GOSSIP = 8
+HEARSAY_S = 60.0
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +53,7 @@ class Contact(Strict):
 
     peer_id: PeerIdText
     maddrs: Annotated[list[Maddr], Field(max_length=8)]
+    reach: Reach = ""
 
 
 class Beat(Strict):
@@ -65,10 +68,14 @@ class Known:
     maddrs: list[str]
     since: float
     """when we were told of it or, later, last heard it"""
+    reach: str = ""
+    """as it says itself or, before that, as others say"""
     status: Status | None = None
     """its last word to us; None: it has not spoken yet"""
     heard_at: float = float("-inf")
     """of its last word, or never where the link has ended since"""
+    hearsay_at: float = float("-inf")
+    """when others last told of it"""
     tried_at: float = float("-inf")
     lost_at: float = float("-inf")
     """when its link ended, until it speaks again"""
@@ -79,6 +86,8 @@ class Directory:
         self, endpoint: Endpoint, dht: Dht, *, run_id: str, my_status: Callable[[], Status], rng: random.Random
     ) -> None:
         self._endpoint, self._dht, self._run_id, self._my_status, self._rng = endpoint, dht, run_id, my_status, rng
+        self.reach = ""
+        """of this peer; see reachability.py"""
         self._known: dict[str, Known] = {}
         self._loop = asyncio.get_running_loop()
         self._tasks: list[asyncio.Task[None]] = []
@@ -104,16 +113,30 @@ class Directory:
     def maddrs(self, peer_id: str) -> list[str]:
         return self._known[peer_id].maddrs if peer_id in self._known else []
 
-    def meet(self, peer_id: str, maddrs: list[str]) -> None:
+    def reach_of(self, peer_id: str) -> str:
+        return self._known[peer_id].reach if peer_id in self._known else ""
+
+    def heard_of_outbound(self) -> bool:
+        """Is there a peer that only dials, and that this one perhaps cannot talk to? Any news of the last minute."""
+        now = self._loop.time()
+        return any(
+            known.reach == OUTBOUND and now - max(known.since, known.hearsay_at) < HEARSAY_S
+            for known in self._known.values()
+        )
+
+    def meet(self, peer_id: str, maddrs: list[str], reach: str = "") -> None:
         """Learn of a peer from others; it is asked for its status at the next beat."""
         known = self._known.get(peer_id)
         if known is not None:
+            if known.status is None:
+                known.reach, known.hearsay_at = reach, self._loop.time()
             if maddrs and peer_id not in self.alive():  # what it says of itself is better than what others say
                 known.maddrs = maddrs
             return
         hearsay = sum(other.status is None for other in self._known.values())
         if peer_id != self._endpoint.peer_id and len(self._known) < MAX_PEERS and hearsay < MAX_HEARSAY:
-            self._known[peer_id] = Known(maddrs, since=asyncio.get_running_loop().time())
+            now = self._loop.time()
+            self._known[peer_id] = Known(maddrs, since=now, reach=reach, hearsay_at=now)
 
     def known(self) -> list[str]:
         """Everybody this peer has an address or a word of, alive or not."""
@@ -146,19 +169,27 @@ class Directory:
             for peer_id in strangers:
                 self.meet(peer_id, [])
             await self.refresh()  # their addresses
-            await asyncio.gather(*(self.tell(peer_id) for peer_id in strangers))
+            await asyncio.gather(*(
+                self.tell(peer_id) for peer_id in strangers
+                if peer_id in self._known and can_meet(self.reach, self._known[peer_id].reach)
+            ))
 
     async def refresh(self) -> None:
         """Read the DHT and meet whoever is in it."""
         for peer_id, status in (await self._dht.statuses(self._run_id)).items():
             if status.role != "observer":
-                self.meet(peer_id, status.maddrs)
+                self.meet(peer_id, status.maddrs, status.reach)
 
     def _my_beat(self, to: str) -> dict[str, Any]:
-        alive = [peer_id for peer_id in self.alive() if peer_id != to and self._known[peer_id].maddrs]
+        alive = [
+            p for p, status in self.alive().items()
+            if p != to and (self._known[p].maddrs or status.reach == OUTBOUND)
+        ]
         newcomer = to not in self._known or self._known[to].status is None
         chosen = self._rng.sample(alive, min(len(alive), MAX_GOSSIP if newcomer else 2))
-        contacts = [Contact(peer_id=peer_id, maddrs=self._known[peer_id].maddrs[:8]) for peer_id in chosen]
+        contacts = [
+            Contact(peer_id=p, maddrs=self._known[p].maddrs[:8], reach=self._known[p].reach) for p in chosen
+        ]
         return Beat(status=self._my_status(), contacts=contacts).model_dump(exclude_defaults=True)
 
     async def _on_status(self, link: Link, header: dict[str, Any], body: bytes) -> Answer:
@@ -178,12 +209,13 @@ class Directory:
             known = self._known.setdefault(peer_id, Known([], since=now))
             new_address = bool(beat.status.maddrs) and (known.status is None or known.maddrs != beat.status.maddrs)
             known.status, known.since, known.heard_at, known.lost_at = beat.status, now, now, float("-inf")
+            known.reach = beat.status.reach
             if new_address:
                 known.maddrs = beat.status.maddrs
                 self.on_new_address(known.maddrs)
             self.on_status(peer_id, beat.status)
         for contact in beat.contacts:
-            self.meet(contact.peer_id, contact.maddrs)
+            self.meet(contact.peer_id, contact.maddrs, contact.reach)
 
     def _has_room_for(self, peer_id: str) -> bool:
         """Who speaks takes the place of one that we have only heard of, or of the one that is silent for longest."""
@@ -229,7 +261,7 @@ class Directory:
 
         return [
             peer_id for peer_id, known in self._known.items()
-            if now - max(known.tried_at, known.heard_at) >= pause_s(peer_id, known)
+            if (can_meet(self.reach, known.reach) or self._endpoint.is_linked(peer_id)) and now - max(known.tried_at, known.heard_at) >= pause_s(peer_id, known)
         ]
 
     def _forget(self) -> None:

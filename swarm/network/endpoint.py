@@ -11,7 +11,7 @@ import asyncio
 import logging
 import secrets
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Any
 
 from hivemind.p2p import PeerID
@@ -42,6 +42,8 @@ class Endpoint:
         self.skews_s: dict[str, float] = {}
         """each linked peer's clock minus ours"""
         self.on_link_closed: Callable[[str], None] = lambda peer_id: None
+        self.address_of: Callable[[str], Awaitable[str | None]] = _nowhere
+        """where a peer behind a router can be dialled, once somebody has introduced us; see introductions.py"""
         self._p2p, self._clock = daemon.p2p, clock
         self._links: defaultdict[str, list[Link]] = defaultdict(list)
         self._dialling: dict[str, asyncio.Task[Link]] = {}
@@ -67,6 +69,11 @@ class Endpoint:
 
     def is_linked(self, peer_id: str) -> bool:
         return any(link.greeted and not link.closed.is_set() for link in self._links.get(peer_id, ()))
+
+    def observed_maddr(self, peer_id: str) -> str | None:
+        """Where a linked peer's connection comes from."""
+        links = [link for link in self._links.get(peer_id, ()) if link.greeted and not link.closed.is_set()]
+        return links[-1].observed_maddr if links else None
 
     def linked_peers(self) -> list[str]:
         return [peer_id for peer_id in list(self._links) if self.is_linked(peer_id)]
@@ -109,6 +116,8 @@ class Endpoint:
             raise PeerGone("that is this peer itself")
         why = ""
         try:
+            introduced = await self.address_of(peer_id)
+            maddrs = [*([introduced] if introduced else []), *maddrs]
             target = PeerID.from_base58(peer_id)
             places = [place for maddr in maddrs if (place := without_peer_id(maddr, peer_id)) is not None]
             if places:
@@ -202,6 +211,10 @@ class Endpoint:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _nowhere(peer_id: str) -> None:
+    return None
 
 
 def _reason(error: Exception) -> str:

@@ -23,7 +23,9 @@ from swarm.network.daemon import Daemon
 from swarm.network.dht import Dht
 from swarm.network.directory import Directory
 from swarm.network.endpoint import Endpoint
+from swarm.network.introductions import Introductions
 from swarm.network.keys import Keypair
+from swarm.network.maddr import host_and_port
 from swarm.network.records import Status
 
 T = TypeVar("T")
@@ -41,6 +43,7 @@ class Network:
         self.endpoint: Endpoint
         self.dht: Dht
         self.directory: Directory
+        self.introductions: Introductions
         self.maddrs: list[str] = []
         self.on_daemon_lost: Callable[[], None] = lambda: log.error("libp2p's daemon is gone")
         """called once, on the network's thread, when p2pd ends without being told to"""
@@ -69,12 +72,13 @@ class Network:
 
     async def start(
         self, *, folder: Path, listen: list[str], announce: list[str], initial_peers: list[str],
-        observe: bool = False, join_timeout_s: float = 4.0, ask_initial_peers: bool = True,
+        observe: bool = False, join_timeout_s: float = 4.0, ask_initial_peers: bool = True, introduce: bool = True,
     ) -> list[str]:
         """Start the daemon and join the DHT; returns the peer ids that answered.
 
         Raises NetworkError (cannot listen) or JoinError (nobody answers, clock off, identity in use).
         `ask_initial_peers` False: try them once and go on alone (a swarm that comes back from its checkpoints).
+        `introduce`: help peers behind routers to find each other.
         """
         self._daemon = await Daemon.start(
             self.keypair, folder=folder, listen=listen, announce=announce, accept_incoming=not observe
@@ -88,6 +92,8 @@ class Network:
         except Exception as error:  # it has just answered; it can only have died since
             why = str(error) or type(error).__name__
             raise NetworkError("libp2p's daemon stopped answering", why=why, do="try again") from error
+        places = [place for place in map(host_and_port, visible) if place is not None]
+        self.introductions = Introductions(self.endpoint, inside=places[0] if places else None, willing=introduce)
         answered: list[str] = []
         if initial_peers:
             try:
@@ -112,7 +118,12 @@ class Network:
     def start_directory(self, *, run_id: str, my_status: Callable[[], Status]) -> None:
         """On the network's thread, once the run is known: begin to meet its peers."""
         self.directory = Directory(self.endpoint, self.dht, run_id=run_id, my_status=my_status, rng=random.Random())
+        self.endpoint.address_of = self._address_of
         self.directory.start()
+
+    async def _address_of(self, peer_id: str) -> str | None:
+        punched = self.directory.reach_of(peer_id) == reachability.PUNCHED
+        return await self.introductions.address_of(peer_id) if punched else None
 
     def daemon_alive(self) -> bool:
         return self._daemon is not None and self._daemon.is_alive()
@@ -140,9 +151,9 @@ class Network:
         if self._watcher is not None:
             self._watcher.cancel()
         await self._cancel_all()  # a start() that is under way ends its daemon itself
-        for part in (getattr(self, "directory", None), getattr(self, "endpoint", None), getattr(self, "dht", None)):
-            if part is not None:
-                await _bounded(part.stop())
+        for name in ("directory", "introductions", "endpoint", "dht"):
+            if hasattr(self, name):
+                await _bounded(getattr(self, name).stop())
         if self._daemon is not None:
             await _bounded(self._daemon.stop(), 3 * STEP_S)
         await self._cancel_all()

@@ -25,6 +25,7 @@ MAX_TOKENS = 10**15
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Maddr = Annotated[str, Field(max_length=200, pattern=r"^/[ -~]+$")]
 PeerIdText = Annotated[str, Field(min_length=20, max_length=80, pattern=r"^[1-9A-HJ-NP-Za-km-z]+$")]
+Reach = Annotated[str, Field(pattern=r"^(public|punched|outbound|)$")]
 RunId = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,39}-[0-9a-f]{12}$")]
 TokenCount = Annotated[int, Field(ge=0, le=MAX_TOKENS)]
 
@@ -51,6 +52,8 @@ class Status(Strict):
     name: Annotated[str, Field(max_length=40)]
     role: Annotated[str, Field(pattern=r"^(trainer|rendezvous|observer)$")]
     maddrs: Annotated[list[Maddr], Field(max_length=8)] = []
+    reach: Reach = ""
+    """whether others can dial it: see reachability.py; empty: not known"""
     heads: Annotated[list[Head], Field(max_length=MAX_FRAGMENTS)] = []
     """of each fragment, if it holds them; empty: holds none (yet)"""
     pending: Annotated[list[TokenCount], Field(max_length=MAX_FRAGMENTS)] = []

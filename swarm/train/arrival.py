@@ -15,7 +15,7 @@ from swarm.config import PeerConfig, RunConfig
 from swarm.errors import ConfigError, HomeError, JoinError, NetworkError
 from swarm.host.home import Home
 from swarm.network import join, reachability
-from swarm.network.maddr import host_and_port, peer_id_of
+from swarm.network.maddr import host_and_port, peer_id_of, ranked
 from swarm.network.network import Network
 from swarm.network.records import Status
 
@@ -28,6 +28,7 @@ class Arrival:
         self._config, self._home, self._network = config, home, network
         self._ways_in: list[str] = []
         self._answered: list[str] = []
+        self.situation = reachability.judge([], port=0)
 
     def connect(self) -> None:
         """Start networking. Raises JoinError (nobody answers, clock off, identity in use) or NetworkError (port)."""
@@ -49,6 +50,7 @@ class Arrival:
                 self._answered = self._network.run(self._network.start(
                     folder=home.path, listen=listen, announce=config.announce, initial_peers=self._ways_in,
                     ask_initial_peers=bool(wanted), join_timeout_s=config.join_timeout_s,
+                    introduce=not config.no_introductions,
                 ))
                 break
             except NetworkError:
@@ -58,11 +60,23 @@ class Arrival:
         if port_now is not None and not config.listen:
             home.remember_listen_port(port_now)
 
+    async def situate(self, run: RunConfig) -> None:
+        """Find out from other peers whether they can dial this one. Sets `situation`."""
+        network, port = self._network, self._port()
+        statuses = await network.dht.statuses(run.run_id)
+        public = {p: s.maddrs for p, s in statuses.items() if s.maddrs and s.reach in (reachability.PUBLIC, "")}
+        for peer_id, maddrs in list(public.items())[:reachability.MAX_ASKED]:
+            with contextlib.suppress(NetworkError):
+                await network.endpoint.link_to(peer_id, maddrs=maddrs)
+        asked = list(dict.fromkeys([*public, *self._answered]))
+        self.situation = await reachability.ask(network.endpoint, asked, port=port)
+
     async def meet(self, run: RunConfig, my_status: Callable[[], Status]) -> int:
         """Start the directory and wait a moment for the others' word; returns how many there are."""
         network = self._network
         network.start_directory(run_id=run.run_id, my_status=my_status)
         network.directory.on_new_address = self._remember
+        network.directory.reach = self.situation.reach
         for peer_id in self._answered:
             network.directory.meet(peer_id, [maddr for maddr in self._ways_in if maddr.endswith(peer_id)])
         await network.directory.refresh()
@@ -80,10 +94,24 @@ class Arrival:
         await join.publish_run(network.dht, run, list(network.directory.alive()), network.peer_id)
         return len(network.directory.alive())
 
-    def reachable(self) -> str:
-        """Whether others can dial this peer, as they say, in words for the checklist."""
-        _, text = self._network.run(reachability.ask(self._network.endpoint, self._answered, port=self._port()))
-        return text
+    def own_maddrs(self) -> list[str]:
+        """Where others may dial this peer; none where they cannot."""
+        return [] if self.situation.reach == reachability.OUTBOUND else self._network.maddrs
+
+    def public_maddrs(self) -> list[str]:
+        """Ways into the swarm for a friend, who cannot dial this peer."""
+        alive = self._network.directory.alive()
+        public = [s.maddrs for s in alive.values() if s.reach == reachability.PUBLIC and s.maddrs]
+        return [ranked(maddrs)[0] for maddrs in public] or self._network.maddrs
+
+    async def look_again(self) -> bool:
+        """Whoever was alone at first asks once there is somebody. True: it knows more now."""
+        alive = [p for p, s in self._network.directory.alive().items() if s.reach in (reachability.PUBLIC, "")]
+        if self.situation.reach or not alive:
+            return False
+        self.situation = await reachability.ask(self._network.endpoint, alive, port=self._port())
+        self._network.directory.reach = self.situation.reach
+        return bool(self.situation.reach)
 
     def _port(self) -> int | None:
         places = [place for place in map(host_and_port, self._network.maddrs) if place is not None]

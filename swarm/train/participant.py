@@ -32,6 +32,7 @@ from swarm.network import join
 from swarm.network.keys import Keypair, friendly_name
 from swarm.network.maddr import join_command
 from swarm.network.network import Network
+from swarm.network.reachability import PUBLIC
 from swarm.network.records import Head, Status
 from swarm.train import checkpoint, run_source
 from swarm.train.arrival import Arrival
@@ -45,6 +46,7 @@ PROGRESS_S = 1.0
 CHECKPOINT_S = 60.0
 SETTLE_S = 30.0
 HAND_OVER_S = 10.0
+LOOK_AGAIN_S = 15.0
 LINGER_S = 1.0
 """others that reach the same end notice it a moment later"""
 
@@ -91,7 +93,7 @@ class Participant:
             self.run, self.held = run_source.new_run(config.run)
         elif not config.initial_peers:
             self.run = run_source.remembered(self.home, config.run_id)
-        arrival = Arrival(config, self.home, self.network)
+        arrival = self._arrival = Arrival(config, self.home, self.network)
         arrival.connect()
         if not hasattr(self, "run"):
             self.run = self.network.run(
@@ -99,10 +101,13 @@ class Participant:
             )
         self._folder = run_source.remember(self.run, self.home)
         self._on_run(self._folder)
+        situating = time.monotonic()
+        self.network.run(arrival.situate(self.run))
+        situated = time.monotonic()
         peers = self.network.run(arrival.meet(self.run, self.status))
+        began += situated - situating
         self._check("network", f"run {self.run.run_id}, " + _count(peers, "other peer"), began)
-        began = time.monotonic()
-        self._check("reachable", arrival.reachable(), began)
+        self._check("reachable", arrival.situation.text, time.monotonic() - (situated - situating))
         if config.role == "trainer":
             began = time.monotonic()
             if self.held is None:
@@ -175,8 +180,9 @@ class Participant:
         network = self.network
         if self.averager is not None:
             network.run(self._start_averager())
+        ways_in = network.maddrs if self._arrival.situation.reach in (PUBLIC, "") else self._arrival.public_maddrs()
         self.bus.emit(Ready(
-            run_id=self.run.run_id, peer_id=network.peer_id, maddrs=network.maddrs, join=join_command(network.maddrs)
+            run_id=self.run.run_id, peer_id=network.peer_id, maddrs=network.maddrs, join=join_command(ways_in)
         ))
 
     def train(self) -> None:
@@ -227,7 +233,8 @@ class Participant:
         """What this peer tells the others."""
         trainer, averager = self.trainer, self.averager
         return Status(
-            run_id=self.run.run_id, name=self.name, role=self.config.role, maddrs=self.network.maddrs[:8],
+            run_id=self.run.run_id, name=self.name, role=self.config.role, maddrs=self._arrival.own_maddrs()[:8],
+            reach=self._arrival.situation.reach,
             heads=averager.heads() if averager else [], pending=averager.pending() if averager else [],
             tokens=trainer.tokens if trainer else 0,
             tokens_per_s=trainer.tokens_per_s if trainer and not self._leaving else 0.0,
@@ -237,13 +244,18 @@ class Participant:
     async def _background(self) -> None:
         """Progress once a second, a checkpoint once a minute, the run config before it expires."""
         loop = asyncio.get_running_loop()
-        published = written = loop.time()
+        published = written = looked = loop.time()
         while True:
             await asyncio.sleep(PROGRESS_S)
             try:
                 self._emit_progress()
             except Exception:  # a line on the screen is not worth the checkpoints that come after it here
                 log.exception("cannot tell the progress")
+            if loop.time() - looked > LOOK_AGAIN_S:
+                looked = loop.time()
+                with contextlib.suppress(Exception):  # it is asked again soon
+                    if await self._arrival.look_again():
+                        self.bus.emit(Check("reachable", self._arrival.situation.text, 0.0))
             if loop.time() - published > join.CONFIG_TTL_S / 3:
                 published = loop.time()
                 with contextlib.suppress(Exception):  # the next one comes soon, and others keep copies

@@ -197,11 +197,15 @@ def port_of(network):
     return host_and_port(network.maddrs[0])[1]
 
 
+def reach(network, peers, port):
+    return network.run(reachability.ask(network.endpoint, peers, port=port)).reach
+
+
 def test_a_peer_that_listens_is_reachable(nets):
     one = nets.start("one")
     two = nets.start("two", initial_peers=one.maddrs)
-    reachable, reason = two.run(reachability.ask(two.endpoint, [one.peer_id], port=port_of(two)))
-    assert reachable is True and f"127.0.0.1 port {port_of(two)}" in reason
+    situation = two.run(reachability.ask(two.endpoint, [one.peer_id], port=port_of(two)))
+    assert situation.reach == "public" and f"127.0.0.1 port {port_of(two)}" in situation.text
 
 
 def test_a_port_with_nothing_or_something_else_behind_it_is_not(nets):
@@ -210,12 +214,12 @@ def test_a_port_with_nothing_or_something_else_behind_it_is_not(nets):
     with socket.create_server(("127.0.0.1", 0)) as other:
         thread = threading.Thread(target=lambda: other.accept()[0].sendall(b"SSH-2.0-OpenSSH\r\n"), daemon=True)
         thread.start()
-        assert two.run(reachability.ask(two.endpoint, [one.peer_id], port=other.getsockname()[1]))[0] is False
+        assert reach(two, [one.peer_id], other.getsockname()[1]) == "outbound"
         thread.join(PATIENCE_S)
         free = other.getsockname()[1]
-    assert two.run(reachability.ask(two.endpoint, [one.peer_id], port=free))[0] is False
-    assert two.run(reachability.ask(two.endpoint, [one.peer_id], port=None))[0] is False
-    assert two.run(reachability.ask(two.endpoint, [], port=5000))[0] is None
+    assert reach(two, [one.peer_id], free) == "outbound"
+    assert reach(two, [one.peer_id], None) == "outbound"
+    assert reach(two, [], 5000) == ""
 
 
 def test_the_prober_dials_the_host_it_sees_and_no_other(nets, monkeypatch):
@@ -237,7 +241,8 @@ def test_the_prober_dials_the_host_it_sees_and_no_other(nets, monkeypatch):
     with pytest.raises(PeerRefused, match="one probe at a time"):
         call(two, one, "probe", {"port": 5001})
     one.call_soon(gate.set)
-    assert first.result(PATIENCE_S)[0] == {"reached": True, "from": "127.0.0.1"}
+    answer = first.result(PATIENCE_S)[0]
+    assert answer == {"reached": True, "from": "127.0.0.1", "port": answer["port"]} and 0 < answer["port"] < 65536
     assert dialled == [("127.0.0.1", 5000)]
     for port in (0, 22, 1023, 65536, "5000", None, True, 5000.0):
         with pytest.raises(PeerRefused, match="need a port"):
@@ -253,5 +258,5 @@ def test_what_a_prober_answers_reaches_the_screen_only_as_an_address(nets):
 
     one.endpoint.on("probe", lie)
     two = nets.start("two", initial_peers=one.maddrs)
-    reachable, reason = two.run(reachability.ask(two.endpoint, [one.peer_id], port=5000))
-    assert reachable is True and "\x1b" not in reason
+    situation = two.run(reachability.ask(two.endpoint, [one.peer_id], port=5000))
+    assert situation.reach == "public" and "\x1b" not in situation.text

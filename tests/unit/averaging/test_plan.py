@@ -119,3 +119,21 @@ def test_the_deadline_grows_with_the_spread() -> None:
     steady, jumpy = [4.0, 4.1, 3.9, 4.0, 4.0], [2.0, 7.0, 4.0, 1.0, 6.0]
     assert plan.deadline_s(steady, bytes_each=0) == pytest.approx(8.0)
     assert plan.deadline_s(jumpy, bytes_each=0) == pytest.approx(32.0)
+
+
+@pytest.mark.parametrize(("reaches", "leading"), [
+    ({"a": "public", "b": "", "c": "punched"}, "abc"),
+    ({"a": "public", "b": "", "c": "punched", "d": "outbound"}, "ab"),
+    ({"a": "public", "d": "outbound"}, "a"),
+    ({"c": "punched", "e": "punched"}, "ce"),
+    ({"c": "punched", "d": "outbound"}, "cd"),  # nobody whom all can dial: better anybody than nobody
+    ({"d": "outbound"}, "d"),
+])
+def test_who_leads_can_be_dialled_by_all(reaches: dict[str, str], leading: str) -> None:
+    assert plan.leaders(reaches) == list(leading)
+
+
+def test_an_outbound_peer_that_is_only_heard_of_counts_too() -> None:
+    reaches = {"a": "public", "c": "punched"}
+    assert plan.leaders(reaches, others_outbound=True) == ["a"]
+    assert plan.leaders({"c": "punched"}, others_outbound=True) == ["c"]

@@ -1,0 +1,230 @@
+"""A swarm in one process and in no time: real averagers, rounds, ledgers and codec; the network and the clock are made up.
+
+The event loop's clock jumps to whatever is due next, so minutes of a swarm take a fraction of a second, and a schedule is
+the same each time. Messages are delayed, lost, or arrive twice as late; peers are cut off, or die.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable, Coroutine, Iterable
+from typing import Any
+
+import torch
+
+from swarm.averaging.averager import Averager
+from swarm.averaging.context import Context
+from swarm.averaging.global_state import initial_state
+from swarm.averaging.layout import Layout
+from swarm.config import RunConfig
+from swarm.errors import NetworkError, PeerGone, PeerRefused
+from swarm.events import Event, Round
+from swarm.network.keys import Keypair
+from swarm.network.link import Handler
+from swarm.network.records import Status
+from swarm.train.boundary import Boundary
+
+
+class JumpingLoop(asyncio.SelectorEventLoop):
+    """Its time goes on to the next timer as soon as nothing else is left to do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._now = 1000.0
+
+    def time(self) -> float:
+        return self._now
+
+    def _run_once(self) -> None:
+        if not self._ready and self._scheduled:  # type: ignore[attr-defined]
+            self._now = max(self._now, self._scheduled[0]._when)  # type: ignore[attr-defined]
+        super()._run_once()  # type: ignore[misc]
+
+
+class Caller:
+    """What a handler sees of the link."""
+
+    def __init__(self, peer_id: str) -> None:
+        self.peer_id = peer_id
+
+
+class World:
+    def __init__(self, run: RunConfig, layout: Layout, *, seed: int, loss: float = 0.0, delay_s: float = 0.1) -> None:
+        self.run, self.layout, self.dice = run, layout, random.Random(seed)
+        self.loss, self.delay_s = loss, delay_s
+        self.peers: dict[str, Peer] = {}
+        self.parted: set[frozenset[str]] = set()
+
+    def can_talk(self, one: str, other: str) -> bool:
+        here, there = self.peers[one], self.peers[other]
+        return not here.dead and not there.dead and frozenset((one, other)) not in self.parted
+
+    async def travel(self) -> None:
+        await asyncio.sleep(self.delay_s * self.dice.uniform(0.5, 1.5) * (5 if self.dice.random() < 0.05 else 1))
+
+    def part(self, side: Iterable[str]) -> None:
+        inside = set(side)
+        self.parted |= {
+            frozenset((one, other)) for one in self.peers for other in self.peers if (one in inside) != (other in inside)
+        }
+
+    def heal(self) -> None:
+        self.parted.clear()
+
+
+class Peer:
+    """Stands in for the endpoint and the directory of one averager."""
+
+    bytes_sent = bytes_received = 0
+    reach = ""
+
+    def __init__(self, world: World, key: Keypair) -> None:
+        layout = world.layout
+        start = layout.flatten({
+            slot.name: torch.randn(slot.shape, generator=torch.Generator().manual_seed(3)) for slot in layout.slots
+        })
+        self.world, self.id, self.dead = world, key.peer_id, False
+        self.events: list[Event] = []
+        self.methods: dict[str, Handler] = {}
+        self.heard: dict[str, tuple[Status, float]] = {}
+        self.on_status: Callable[[str, Status], None] = lambda peer_id, status: None
+        self.parameters = {name: torch.nn.Parameter(v.clone()) for name, v in layout.views(start)}
+        context = Context(world.run, key, self, self, Boundary(), self.events.append)  # type: ignore[arg-type]
+        self.averager = Averager(context, [layout], [initial_state(0, start, 1)], self.parameters)
+        self.trained = 0
+        self._tasks: list[asyncio.Task[None]] = []
+        world.peers[self.id] = self
+
+    def start(self, *, tokens: int = 100, every_s: float = 0.4) -> None:
+        self.averager.start()
+        self._tasks = [asyncio.create_task(self._beat()), asyncio.create_task(self._train(tokens, every_s))]
+
+    async def stop_training(self) -> None:
+        self._tasks[1].cancel()
+        await asyncio.gather(self._tasks[1], return_exceptions=True)
+
+    async def kill(self) -> None:
+        self.dead = True
+        for task in self._tasks:
+            task.cancel()
+        await self.averager.stop()
+
+    async def _train(self, tokens: int, every_s: float) -> None:
+        dice = random.Random(self.id)
+        while True:
+            await asyncio.sleep(every_s * dice.uniform(0.5, 1.5))
+            with torch.no_grad():
+                for parameter in self.parameters.values():
+                    parameter.add_(torch.randn(parameter.shape) * 1e-3)
+            self.trained += tokens
+            self.averager.trained(tokens)
+
+    async def _beat(self) -> None:
+        while True:
+            for other in list(self.world.peers.values()):
+                if other is not self and self.world.can_talk(self.id, other.id):
+                    asyncio.get_running_loop().call_later(self.world.delay_s, other.hear, self.id, self.status())
+            await asyncio.sleep(1.0)
+
+    def hear(self, peer_id: str, status: Status) -> None:
+        if self.world.can_talk(self.id, peer_id):
+            self.heard[peer_id] = (status, asyncio.get_running_loop().time())
+            self.on_status(peer_id, status)
+
+    def status(self) -> Status:
+        return Status(
+            run_id=self.world.run.run_id, name="x", role="trainer", heads=self.averager.heads(),
+            pending=self.averager.pending(), tokens_per_s=100.0,
+        )
+
+    @property
+    def head(self) -> tuple[int, str, int]:
+        state = self.averager.states()[0]
+        return state.version, state.digest, state.tokens
+
+    def rounds(self) -> list[Round]:
+        return [event for event in self.events if isinstance(event, Round)]
+
+    # -- the directory ----------------------------------------------------------------------------------------------
+
+    def alive(self) -> dict[str, Status]:
+        now = asyncio.get_running_loop().time()
+        return {p: status for p, (status, at) in self.heard.items() if now - at < 6 and not self.world.peers[p].dead}
+
+    def maddrs(self, peer_id: str) -> list[str]:
+        return ["/ip4/127.0.0.1/tcp/1"]
+
+    def unsure(self) -> bool:
+        return False
+
+    def heard_of_outbound(self) -> bool:
+        return False
+
+    async def introduce(self, peer_ids: Iterable[str]) -> None:
+        pass
+
+    # -- the endpoint -----------------------------------------------------------------------------------------------
+
+    def on(self, method: str, handler: Handler, *, max_body: int = 0) -> None:
+        self.methods[method] = handler
+
+    def is_linked(self, peer_id: str) -> bool:
+        return self.world.can_talk(self.id, peer_id)
+
+    async def call(
+        self, peer_id: str, method: str, header: dict[str, Any] | None = None, body: bytes = b"", *,
+        deadline_s: float, max_answer: int = 0, maddrs: Iterable[str] = (),
+    ) -> tuple[dict[str, Any], bytes]:
+        async def there_and_back() -> tuple[dict[str, Any], bytes]:
+            answer = await self._deliver(peer_id, method, header or {}, body)
+            await self.world.travel()
+            if not self.world.can_talk(self.id, peer_id):
+                raise PeerGone("the link ended")
+            return answer
+
+        return await within(there_and_back(), deadline_s)
+
+    async def notify(
+        self, peer_id: str, method: str, header: dict[str, Any] | None = None, body: bytes = b"", *,
+        deadline_s: float, maddrs: Iterable[str] = (),
+    ) -> None:
+        if not self.is_linked(peer_id):
+            raise PeerGone("not linked")
+
+        async def deliver() -> None:
+            try:
+                if self.world.dice.random() >= self.world.loss:
+                    await self._deliver(peer_id, method, header or {}, body)
+            except NetworkError:
+                pass  # a quiet message: nobody is told
+
+        self.averager.context.spawn(deliver())
+
+    async def _deliver(self, peer_id: str, method: str, header: dict[str, Any], body: bytes) -> tuple[dict[str, Any], bytes]:
+        await self.world.travel()
+        if not self.world.can_talk(self.id, peer_id):
+            raise PeerGone("cannot reach it")
+        handler = self.world.peers[peer_id].methods.get(method)
+        if handler is None:
+            raise PeerRefused("no such method")
+        return await handler(Caller(self.id), header, body)  # type: ignore[arg-type]
+
+
+async def within(work: Coroutine[Any, Any, Any], deadline_s: float) -> Any:
+    try:
+        return await asyncio.wait_for(work, deadline_s)
+    except asyncio.TimeoutError:
+        raise PeerGone("no answer in time") from None
+
+
+def play(story: Coroutine[Any, Any, None]) -> None:
+    """Run a story to its end on a clock of its own."""
+    loop = JumpingLoop()
+    try:
+        loop.run_until_complete(story)
+    finally:
+        for task in asyncio.all_tasks(loop):
+            task.cancel()
+        loop.run_until_complete(asyncio.sleep(0))
+        loop.close()

@@ -1,0 +1,158 @@
+"""Swarms under hundreds of schedules of delay, loss, partition and death: one truth (I1), no token lost or counted twice
+(I2), nobody waits for the dead (I3). The protocol is the real one, see simulation.py."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+import pytest
+
+from swarm.averaging.layout import Layout
+from swarm.config import RunConfig
+from swarm.network.keys import Keypair
+from tests.unit.averaging.simulation import Peer, World, play
+
+
+@pytest.fixture(autouse=True)
+def no_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread takes real time, in which the made-up clock would jump ahead."""
+    async def at_once(function: Callable[..., object], *arguments: object) -> object:
+        return function(*arguments)
+
+    monkeypatch.setattr(asyncio, "to_thread", at_once)
+
+
+def make_world(
+    make_run: Callable[..., RunConfig], layout: Layout, keys: list[Keypair], count: int, **more: float
+) -> World:
+    run = make_run({"total_tokens": 10**9}, bits=4, tokens_per_round=1000 * count, max_round_s=20.0)
+    world = World(run, layout, **more)  # type: ignore[arg-type]
+    for key in keys[:count]:
+        Peer(world, key)
+    return world
+
+
+def check_truth(world: World) -> None:
+    """Of every version that two peers still stand at, there is one digest."""
+    heads: dict[int, set[str]] = {}
+    for peer in world.peers.values():
+        if not peer.dead:
+            heads.setdefault(peer.head[0], set()).add(peer.head[1])
+    assert all(len(digests) == 1 for digests in heads.values()), heads
+
+
+async def settle(world: World, *, limit_s: float = 120.0) -> list[Peer]:
+    """Everybody stops training; wait until all that they have trained is in rounds that all of them have."""
+    alive = [peer for peer in world.peers.values() if not peer.dead]
+    for peer in alive:
+        await peer.stop_training()
+        peer.averager.leaving = True
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + limit_s
+    while any(any(p.averager.pending()) for p in alive) or len({p.head for p in alive}) > 1:
+        assert loop.time() < deadline, [(p.head, p.averager.pending()) for p in alive]
+        await asyncio.sleep(0.5)
+    return alive
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+def test_without_faults_every_round_is_of_all(
+    make_run: Callable[..., RunConfig], layout: Layout, keys: list[Keypair], count: int
+) -> None:
+    async def story() -> None:
+        world = make_world(make_run, layout, keys, count, seed=1)
+        for peer in world.peers.values():
+            peer.start()
+        await asyncio.sleep(90)
+        check_truth(world)
+        alive = await settle(world)
+        rounds = alive[0].rounds()
+        assert len(rounds) >= 5
+        full = [event for event in rounds if event.contributors == count]
+        assert len(full) >= len(rounds) - 4, "but the first and the last, when not all have something to contribute"
+        assert alive[0].head[2] == sum(peer.trained for peer in alive)
+
+    play(story())
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_lost_and_late_messages_lose_nothing(
+    make_run: Callable[..., RunConfig], layout: Layout, keys: list[Keypair], seed: int
+) -> None:
+    async def story() -> None:
+        world = make_world(make_run, layout, keys, 3 + seed % 3, seed=seed, loss=0.15, delay_s=0.3)
+        for peer in world.peers.values():
+            peer.start()
+        for _ in range(6):
+            await asyncio.sleep(10)
+            check_truth(world)
+        world.loss = 0.0
+        alive = await settle(world)
+        assert alive[0].head[2] == sum(peer.trained for peer in alive), "committed is what was trained"
+        assert alive[0].head[0] >= 2
+
+    play(story())
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_the_death_of_one_takes_no_more_than_what_it_held(
+    make_run: Callable[..., RunConfig], layout: Layout, keys: list[Keypair], seed: int
+) -> None:
+    """At any moment, in the middle of a round more often than not, an opener, an owner or neither."""
+    async def story() -> None:
+        world = make_world(make_run, layout, keys, 4, seed=seed)
+        peers = list(world.peers.values())
+        for peer in peers:
+            peer.start()
+        await asyncio.sleep(15 + seed * 0.37)
+        victim = peers[seed % 4]
+        held = victim.averager.pending()[0]
+        committed_before = max(peer.head[2] for peer in peers)
+        await victim.kill()
+        died_at = asyncio.get_running_loop().time()
+        while max(peer.head[2] for peer in peers if peer is not victim) <= committed_before:
+            assert asyncio.get_running_loop().time() - died_at < 60, "the others go on"
+            await asyncio.sleep(0.5)
+        alive = await settle(world)
+        check_truth(world)
+        lost = sum(peer.trained for peer in peers) - alive[0].head[2]
+        assert 0 <= lost <= held, "nothing twice, and nothing lost but what the dead one had not given"
+
+    play(story())
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_a_parted_swarm_comes_together_and_loses_nothing(
+    make_run: Callable[..., RunConfig], layout: Layout, keys: list[Keypair], seed: int
+) -> None:
+    async def story() -> None:
+        world = make_world(make_run, layout, keys, 4, seed=seed)
+        ids = list(world.peers)
+        for peer in world.peers.values():
+            peer.start()
+        await asyncio.sleep(12 + seed * 0.29)
+        world.part(ids[: 1 + seed % 2])
+        await asyncio.sleep(20 + seed)
+        world.heal()
+        alive = await settle(world, limit_s=240)
+        assert alive[0].head[2] == sum(peer.trained for peer in alive), "committed is what was trained"
+
+    play(story())
+
+
+def test_a_simulated_swarm_is_the_same_each_time(
+    make_run: Callable[..., RunConfig], layout: Layout, keys: list[Keypair]
+) -> None:
+    heads = []
+
+    async def story() -> None:
+        world = make_world(make_run, layout, keys, 3, seed=7, loss=0.1)
+        for peer in world.peers.values():
+            peer.start()
+        await asyncio.sleep(30)
+        heads.append([(peer.head[0], peer.head[2], peer.trained) for peer in world.peers.values()])
+
+    play(story())
+    play(story())
+    assert heads[0] == heads[1]
