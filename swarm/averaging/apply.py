@@ -18,7 +18,7 @@ import torch
 
 from swarm.averaging import codec, outer
 from swarm.averaging.context import Context
-from swarm.averaging.global_state import GlobalState
+from swarm.averaging.global_state import GlobalState, outranks
 from swarm.averaging.layout import Layout
 from swarm.averaging.ledger import Ledger
 from swarm.averaging.messages import Commit, preferred
@@ -185,7 +185,7 @@ class Applier:
     async def adopt(self, state: GlobalState, *, absorbed: list[str], lost: list[str]) -> None:
         """Jump to a downloaded state (already checked against its digest); see `Ledger.adopt`."""
         async with self._lock:
-            if state.tokens > self.ledger.state.tokens or not self.trusted:
+            if outranks(state.tokens, state.digest, self.ledger.state) or not self.trusted:
                 self.trusted = True
                 await self._context.at_boundary(
                     lambda: self.ledger.adopt(state, absorbed=absorbed, lost=lost)

@@ -19,7 +19,7 @@ from swarm.averaging import plan
 from swarm.averaging.apply import Applier
 from swarm.averaging.context import Context
 from swarm.averaging.download import Donor
-from swarm.averaging.global_state import GlobalState
+from swarm.averaging.global_state import GlobalState, outranks
 from swarm.averaging.layout import Layout
 from swarm.averaging.ledger import Drift, Gradients, Ledger
 from swarm.averaging.messages import MAX_MEMBERS, Commit, Opening
@@ -309,11 +309,13 @@ class Averager:
             fragment.following = False
 
     async def _jump(self, fragment: _Fragment, peer_id: str) -> bool:
-        """Download, where a peer's history does not lead on from ours and has more tokens. Meanwhile this peer opens
+        """Download, where a peer's history does not lead on from ours and outranks it. Meanwhile this peer opens
         no rounds: they would only prolong a history that is about to end."""
         index, before = fragment.applier.fragment, fragment.ledger.state
         status = self.context.directory.alive().get(peer_id)
-        if status is None or len(status.heads) <= index or status.heads[index].tokens <= before.tokens:
+        if status is None or len(status.heads) <= index:
+            return False
+        if not outranks(status.heads[index].tokens, status.heads[index].digest, before):
             return False
         if not fragment.downloading:
             fragment.downloading = True

@@ -50,6 +50,12 @@ class GlobalState:
         return tensor.numpy().data.cast("B")[start:start + CHUNK_BYTES]
 
 
+def outranks(tokens: int, digest: str, state: GlobalState) -> bool:
+    """Of two heads that do not lead on from each other, everybody prefers the one with more tokens, then the lower
+    digest: two halves of a parted swarm can have trained exactly the same number."""
+    return (-tokens, digest) < (-state.tokens, state.digest)
+
+
 def initial_state(fragment: int, weights: torch.Tensor, num_buffers: int) -> GlobalState:
     return GlobalState(fragment, 0, 0, weights, tuple(torch.zeros_like(weights) for _ in range(num_buffers)))
 

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from swarm.averaging.apply import Applier
 from swarm.averaging.context import Context
 from swarm.averaging.download import Wanted, download, newest_head
+from swarm.averaging.global_state import outranks
 from swarm.averaging.messages import Commit
 from swarm.averaging.results import COMMITS_AT_ONCE
 from swarm.errors import NetworkError, StateError
@@ -59,7 +60,7 @@ class Synchroniser:
         problem: StateError | None = None
         for _ in range(TRIES):
             head, donors = await self._choose(index)
-            if head.tokens <= applier.ledger.state.tokens and applier.trusted:
+            if applier.trusted and not outranks(head.tokens, head.digest, applier.ledger.state):
                 return
             layout, ledger = applier.layout, applier.ledger
             wanted = Wanted(index, head.digest, layout.numel, len(ledger.state.buffers))
@@ -91,7 +92,7 @@ class Synchroniser:
             heads = self._heads(index)
             if not heads:
                 raise StateError(f"nobody here holds fragment {index}", do="wait for another peer to come back")
-            source = max(heads, key=lambda peer_id: heads[peer_id].tokens)
+            source = min(heads, key=lambda peer_id: (-heads[peer_id].tokens, heads[peer_id].digest))
             try:
                 head = await self._newest_head(index, source)
             except NetworkError as error:

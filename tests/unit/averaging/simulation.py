@@ -224,7 +224,8 @@ def play(story: Coroutine[Any, Any, None]) -> None:
     try:
         loop.run_until_complete(story)
     finally:
-        for task in asyncio.all_tasks(loop):
+        left = asyncio.all_tasks(loop)
+        for task in left:
             task.cancel()
-        loop.run_until_complete(asyncio.sleep(0))
+        loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))
         loop.close()
