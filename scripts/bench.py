@@ -1,8 +1,15 @@
 #!/usr/bin/env python3
 """Benchmarks: each prints a table and writes a JSON file with figures, spread, machine and commit.
 
-    scripts/bench.py loss            held-out loss by bits on the wire (about 20 minutes)
-    scripts/bench.py loss --quick    the same on a tenth of the tokens, one seed
+    scripts/bench.py loss       held-out loss by bits on the wire (about 20 minutes)
+    scripts/bench.py wan        tokens per second over WAN links, against the same peers with networking off
+    scripts/bench.py traffic    bytes a token, against data parallelism in bf16, and the loss that it costs
+    scripts/bench.py round      seconds of a round, against what the lines allow
+    scripts/bench.py join       seconds until a newcomer's tokens count
+    scripts/bench.py churn      speed and tokens that are kept while peers die, freeze and lose each other
+
+`--quick` is the same, small, to see that it works; `scripts/bench.py NAME --help` says what else can be set.
+All but `loss` run in the WAN lab (scripts/wanlab/README.md): they need root on Linux, and end with code 2 elsewhere.
 """
 
 from __future__ import annotations
@@ -14,25 +21,32 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from benches import loss
+from benches import churn, join, loss, traffic, wan
+from benches import round as rounds
+from entry import guarded, start
 
-BENCHES = {bench.NAME: bench for bench in (loss,)}
+BENCHES = {bench.NAME: bench for bench in (loss, wan, traffic, rounds, join, churn)}
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     options = make_parser().parse_args(argv)
+    return guarded(lambda: run(options))
+
+
+def run(options: argparse.Namespace) -> int:
     bench = BENCHES[options.name]
     began = time.time()
+    machine = environment()
     result = bench.measure(options)
+    document = {"bench": options.name, "result": result, "seconds": round(time.time() - began, 1), **machine}
+    options.out.write_text(json.dumps(document, indent=1) + "\n")
     print(bench.table(result))
-    document = {"bench": options.name, "result": result, "seconds": round(time.time() - began, 1), **environment()}
-    if options.out:
-        options.out.write_text(json.dumps(document, indent=1) + "\n")
-        print(f"written to {options.out}")
+    print(f"written to {options.out}")
     return 0
 
 
@@ -42,7 +56,8 @@ def make_parser() -> argparse.ArgumentParser:
     for name, bench in BENCHES.items():
         sub = names.add_parser(name, help=bench.HELP)
         sub.add_argument("--quick", action="store_true", help="small, to see that it works")
-        sub.add_argument("--out", type=Path, help="JSON file for the figures")
+        out = Path(f"bench-{name}.json")
+        sub.add_argument("--out", type=Path, default=out, help=f"JSON file for the figures ({out})")
         bench.add_arguments(sub)
     return parser
 
@@ -51,12 +66,16 @@ def environment() -> dict[str, object]:
     """What a reader needs to judge the figures."""
     import torch
 
-    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", *words], capture_output=True, text=True, cwd=Path(__file__).parent)
+        return done.stdout.strip()
+
     return {
-        "commit": git.stdout.strip() or "unknown", "python": platform.python_version(), "torch": torch.__version__,
-        "machine": platform.machine(), "cores": os.cpu_count(), "load": os.getloadavg()[0],
+        "commit": git("rev-parse", "HEAD") or "unknown", "changed": bool(git("status", "--porcelain")),
+        "python": platform.python_version(), "torch": torch.__version__, "machine": platform.machine(),
+        "kernel": platform.release(), "cores": os.cpu_count(), "load_before": os.getloadavg()[0],
     }
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    start(main)

@@ -46,6 +46,8 @@ class Applier:
         """False: the start that this machine drew is not the run's, so it must be downloaded before anything else"""
         self.max_claim = CLAIM_LIMIT * context.run.averaging.tokens_per_round
         self.on_applied: list[Callable[[Commit], None]] = []
+        self.expects: Callable[[str], bool] = lambda opening_id: False
+        """do the owners of that opening push their results to this peer, and does it take them?"""
         self._context = context
         self._decay = layout.decay_mask()
         self._lock = asyncio.Lock()
@@ -97,7 +99,7 @@ class Applier:
         """The average of all parts, fp32 [numel], from the bytes that the owners have signed for."""
         opening = commit.opening
         holders = [opening.opener, *opening.members, *([source] if source else [])]
-        if self._context.keypair.peer_id in opening.members:
+        if self.expects(opening.id):
             await asyncio.gather(*(
                 self._await_pushed(result.hash, opening.owner(part), opening.push_s)
                 for part, result in zip(opening.parts, commit.results, strict=True)

@@ -64,6 +64,7 @@ class FragmentRounds:
         self.owner = PartOwner(
             context, applier, is_current=self._is_current, on_result=self._on_result, send=self._tell
         )
+        applier.expects = lambda opening_id: self.owner.opening(opening_id) is not None
         self._silent: set[str] = set()
         """invited to the round that is being opened, and did not answer"""
         self.elsewhere: list[str] = []

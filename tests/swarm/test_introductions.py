@@ -71,13 +71,18 @@ def test_nobody_knocks_at_places_that_are_none(nets, place):
 def test_the_number_of_knocks_is_bounded(nets, monkeypatch):
     monkeypatch.setattr(introductions, "MAX_LET_IN", 2)
     third, one, _ = three(nets)
-    with socket.create_server(("127.0.0.1", 0)) as outside:
-        place = {"host": "127.0.0.1", "port": outside.getsockname()[1]}
-        for _ in range(2):
+    servers = [socket.create_server(("127.0.0.1", 0)) for _ in range(3)]
+    try:
+        places = [{"host": "127.0.0.1", "port": server.getsockname()[1]} for server in servers]
+        for place in places[:2]:
             call(third, one, "knock", place)
-            outside.accept()
+        held = [server.accept() for server in servers[:2]]
         with pytest.raises(PeerRefused, match="too many"):
-            call(third, one, "knock", place)
+            call(third, one, "knock", places[2])
+        assert len(held) == 2
+    finally:
+        for server in servers:
+            server.close()
 
 
 def test_who_is_not_linked_or_not_willing_introduces_nobody(nets):
