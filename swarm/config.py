@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -110,7 +111,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         _check_run(self)
 
-    @property
+    @functools.cached_property
     def run_id(self) -> str:
         return f"{self.name}-{hashlib.sha256(canonical_json(self)).hexdigest()[:12]}"
 

@@ -31,7 +31,7 @@ from swarm.network import records
 from swarm.network.link import Answer, Link
 from swarm.network.records import Head, Status
 
-TICK_S = 0.1
+TICK_S = 0.2
 MIN_PATIENCE_S = 3.0
 CATCH_UP_S = 5.0
 """an invited peer that is behind may take this long to come level; the round waits for it no longer"""
@@ -199,7 +199,7 @@ class Averager:
                     self._maybe_open(index, everybody, loop.time())
                 except Exception:  # a bug of ours in one round must not end all rounds
                     log.exception("fragment %d: cannot tell whether to open a round", index)
-            await asyncio.sleep(TICK_S / 10 if self._sync_mode else TICK_S)
+            await asyncio.sleep(TICK_S / 20 if self._sync_mode else TICK_S)
 
     def _maybe_open(self, index: int, everybody: Mapping[str, Status], now: float) -> None:
         fragment = self._fragments[index]

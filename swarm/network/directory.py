@@ -25,7 +25,7 @@ from swarm.network.link import Answer, Link
 from swarm.network.reachability import OUTBOUND, can_meet
 from swarm.network.records import Maddr, PeerIdText, Reach, Status, Strict
 
-HEARTBEAT_S = 1.0
+HEARTBEAT_S = 1.5
 UNSURE_S = 2.0
 """a peer whose link has ended gets this long to say that it is still there"""
 ALIVE_S = 6.0

@@ -30,7 +30,7 @@ from swarm.network.records import Status
 
 T = TypeVar("T")
 
-WATCH_S = 0.2
+WATCH_S = 0.5
 STEP_S = 5.0
 """for each part to stop"""
 
