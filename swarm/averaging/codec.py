@@ -14,6 +14,7 @@ conversion and one rounded multiplication, so all peers get the same bits (I1).
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 
 import torch
 
@@ -24,6 +25,7 @@ assert sys.byteorder == "little", "the wire format is little-endian; a big-endia
 
 _UNIT_BYTES = 4
 _SCALE_BYTES = 2
+STRIDE_BLOCKS = 512
 MAX_MAGNITUDE = 1e30
 """of a unit, and of an fp32 value: sums of what strangers send stay finite"""
 
@@ -48,16 +50,17 @@ def encode(values: torch.Tensor, num_fine: int, bits: int) -> bytes:
 def encode_and_read(values: torch.Tensor, num_fine: int, bits: int) -> tuple[bytes, torch.Tensor]:
     """(encoded, what `decode` makes of it, fp32 [num_blocks * 256]); for who keeps an error feedback."""
     values = values.contiguous()
+    blocks = values.view(-1, BLOCK)
+    absmax = torch.maximum(blocks.amax(dim=1), -blocks.amin(dim=1)) if len(blocks) else torch.zeros(0)
+    largest = float(absmax.max()) if len(blocks) else 0.0
     if bits == 32:
-        if not bool((values.abs() < MAX_MAGNITUDE).all()):  # false for NaN too
+        if not largest < MAX_MAGNITUDE:  # true for NaN too
             raise PeerRefused("values that are not finite cannot be averaged")
         return values.numpy().tobytes(), values
-    blocks = values.view(-1, BLOCK)
     levels = _levels(len(blocks), num_fine, bits)
-    absmax = blocks.abs().amax(dim=1)
     scales = absmax / levels
     unit = float(scales.max()) if len(blocks) else 0.0
-    if not unit < MAX_MAGNITUDE:  # true for NaN too
+    if not unit < MAX_MAGNITUDE:
         raise PeerRefused("values that are not finite cannot be averaged")
     if unit == 0.0:
         relative = torch.zeros(len(blocks), dtype=torch.float16)
@@ -66,16 +69,22 @@ def encode_and_read(values: torch.Tensor, num_fine: int, bits: int) -> tuple[byt
     exact = (relative.to(torch.float32) * unit).unsqueeze(1)  # what the receiver will multiply with
     divisor = torch.where(exact > 0, exact, torch.inf)  # a block whose scale is gone becomes zero
     limit = levels.unsqueeze(1)
-    whole = (blocks / divisor).round_().clamp_(-limit, limit)
-    integers = whole.to(torch.int8)
-    said = whole.mul_(exact).view(-1)
+    said = torch.empty_like(blocks)
+    fine = torch.empty(len(blocks) if bits == 8 else num_fine, BLOCK, dtype=torch.int8)
+    packed = torch.empty(len(blocks) - len(fine), BLOCK // 2, dtype=torch.uint8)
+    for start, end in _strides(len(blocks), len(fine)):
+        span = slice(start, end)
+        whole = torch.div(blocks[span], divisor[span], out=said[span]).round_()
+        torch.minimum(torch.maximum(whole, -limit[span], out=whole), limit[span], out=whole)
+        integers = whole.to(torch.int8)
+        if end <= len(fine):
+            fine[span] = integers
+        else:
+            pairs = (integers + 8).view(torch.int16)  # two nibbles, the first one in the low byte
+            packed[start - len(fine):end - len(fine)] = (pairs | (pairs >> 4)).to(torch.uint8)
+        whole.mul_(exact[span])
     header = torch.tensor([unit], dtype=torch.float32).numpy().tobytes() + relative.numpy().tobytes()
-    if bits == 8:
-        return header + integers.numpy().tobytes(), said
-    fine, coarse = integers[:num_fine], integers[num_fine:]
-    pairs = (coarse + 8).view(torch.int16)  # two nibbles, the first one in the low byte
-    packed = (pairs | (pairs >> 4)).to(torch.uint8)
-    return header + fine.numpy().tobytes() + packed.numpy().tobytes(), said
+    return b"".join((header, fine.numpy().data, packed.numpy().data)), said.view(-1)
 
 
 def decode(data: bytes, num_blocks: int, num_fine: int, bits: int) -> torch.Tensor:
@@ -88,28 +97,40 @@ def decode(data: bytes, num_blocks: int, num_fine: int, bits: int) -> torch.Tens
         return torch.zeros(0)
     if bits == 32:
         values = torch.frombuffer(bytearray(data), dtype=torch.float32)
-        if not bool((values.abs() < MAX_MAGNITUDE).all()):
+        if not max(float(values.max()), -float(values.min())) < MAX_MAGNITUDE:  # true for NaN too
             raise BadMessage("an encoded part with values that are not finite")
         return values
-    unit = float(torch.frombuffer(bytearray(data[:_UNIT_BYTES]), dtype=torch.float32)[0])
-    at = _UNIT_BYTES + num_blocks * _SCALE_BYTES
-    relative = torch.frombuffer(bytearray(data[_UNIT_BYTES:at]), dtype=torch.float16).to(torch.float32)
+    content = bytearray(data)  # torch wants to be able to write
+    unit = float(torch.frombuffer(content, dtype=torch.float32, count=1)[0])
+    relative = torch.frombuffer(content, dtype=torch.float16, count=num_blocks, offset=_UNIT_BYTES).to(torch.float32)
     if not 0 <= unit < MAX_MAGNITUDE:  # true for NaN too
         raise BadMessage("an encoded part with an impossible unit")
     if not bool(((relative >= 0) & (relative <= 1)).all()):  # false for NaN too
         raise BadMessage("an encoded part with an impossible scale")
-    scales = relative * unit
-    integers = torch.empty(num_blocks, BLOCK, dtype=torch.float32)
-    fine_bytes = (num_blocks if bits == 8 else num_fine) * BLOCK
-    if fine_bytes:
-        integers[:fine_bytes // BLOCK] = (
-            torch.frombuffer(bytearray(data[at:at + fine_bytes]), dtype=torch.int8).view(-1, BLOCK).to(torch.float32)
-        )
-    if fine_bytes // BLOCK < num_blocks:
-        packed = torch.frombuffer(bytearray(data[at + fine_bytes:]), dtype=torch.uint8)
-        pairs = torch.stack((packed & 15, packed >> 4), dim=1).view(-1, BLOCK)
-        integers[fine_bytes // BLOCK:] = pairs.to(torch.float32) - 8.0
-    return (integers * scales.unsqueeze(1)).view(-1)
+    scales = (relative * unit).unsqueeze(1)
+    bytes_at = _UNIT_BYTES + num_blocks * _SCALE_BYTES
+    body = torch.frombuffer(content, dtype=torch.uint8, offset=bytes_at)
+    num_wide = num_blocks if bits == 8 else num_fine
+    fine = body[:num_wide * BLOCK].view(torch.int8).view(-1, BLOCK)
+    packed = body[num_wide * BLOCK:].view(-1, BLOCK // 2)
+    values = torch.empty(num_blocks, BLOCK)
+    for start, end in _strides(num_blocks, num_wide):
+        if end <= num_wide:
+            values[start:end] = fine[start:end]
+        else:
+            pairs = packed[start - num_wide:end - num_wide].to(torch.int16)
+            nibbles = (pairs | (pairs << 4)).bitwise_and_(0x0F0F).view(torch.uint8)
+            torch.sub(nibbles, 8.0, out=values[start:end])
+        values[start:end].mul_(scales[start:end])
+    return values.view(-1)
+
+
+def _strides(num_blocks: int, num_fine: int) -> Iterator[tuple[int, int]]:
+    """Runs of blocks, the fine ones first, that fit the cache: large temporary tensors cost four times the arithmetic,
+    because the kernel hands out their memory page by page (measured: 20 ms instead of 5 for 10 M values)."""
+    for first, last in ((0, num_fine), (num_fine, num_blocks)):
+        for start in range(first, last, STRIDE_BLOCKS):
+            yield start, min(start + STRIDE_BLOCKS, last)
 
 
 def _levels(num_blocks: int, num_fine: int, bits: int) -> torch.Tensor:

@@ -15,7 +15,7 @@ All methods that touch working weights run between two microbatches of the train
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -36,20 +36,22 @@ class Drift:
 
     def learnt(self, global_weights: torch.Tensor) -> torch.Tensor:
         """The pseudo-gradient G - w, fp32 [numel] on the CPU."""
-        return global_weights - self._layout.flatten(self._parameters)
+        working = self._layout.flatten(self._parameters)
+        return torch.sub(global_weights, working, out=working)
 
     def move(self, old: torch.Tensor, new: torch.Tensor) -> None:
-        self._add(new - old)
+        before = dict(self._layout.views(old))
+        self._add((name, values - before[name]) for name, values in self._layout.views(new))
 
     def absorb(self, values: torch.Tensor, tokens: int) -> None:
-        self._add(values)
+        self._add(self._layout.views(values))
 
     def release(self, values: torch.Tensor, tokens: int) -> None:
-        self._add(-values)
+        self._add((name, -view) for name, view in self._layout.views(values))
 
-    def _add(self, change: torch.Tensor) -> None:
+    def _add(self, changes: Iterable[tuple[str, torch.Tensor]]) -> None:
         with torch.no_grad():
-            for name, values in self._layout.views(change):
+            for name, values in changes:
                 parameter = self._parameters[name]
                 parameter.add_(values.to(parameter.device, parameter.dtype))
 
@@ -100,8 +102,8 @@ class Contribution:
 
 
 @dataclass(frozen=True)
-class _Absorbed:
-    """A contribution that is in a commit; kept for a while, in case the swarm goes on from another history."""
+class _Sent:
+    """A contribution whose fate another history may see otherwise; kept for a while, in case the swarm goes on there."""
 
     opening_id: str
     version: int
@@ -128,9 +130,11 @@ class Ledger:
         self._feedback = torch.zeros_like(state.weights)
         self._contributions: dict[str, Contribution] = {}
         self._applied: _Applied | None = None
-        self._absorbed: deque[_Absorbed] = deque(
-            maxlen=min(KEPT_ABSORBED, max(16, KEPT_ABSORBED_BYTES // state.weights.numel()))
-        )
+        kept = min(KEPT_ABSORBED, max(16, KEPT_ABSORBED_BYTES // state.weights.numel()))
+        self._absorbed: deque[_Sent] = deque(maxlen=kept)
+        """in commits of our history"""
+        self._passed_over: deque[_Sent] = deque(maxlen=kept)
+        """to openings that came to nothing in our history; the others may have committed them after we were cut off"""
 
     @property
     def previous(self) -> GlobalState | None:
@@ -162,14 +166,15 @@ class Ledger:
             if contribution.lost is not None:
                 self._feedback = contribution.lost
             if contribution.recall is not None:
-                self._absorbed.append(
-                    _Absorbed(opening_id, contribution.version, contribution.tokens, contribution.recall)
-                )
+                self._absorbed.append(_Sent(opening_id, contribution.version, contribution.tokens, contribution.recall))
         self.state, self._applied = state, applied
-        # openings of this version may still win over the applied commit; older ones are settled for good
-        self._contributions = {
-            key: other for key, other in self._contributions.items() if other.version >= state.version
-        }
+        # openings of this version may still win over the applied commit, older ones only with a history of their own
+        absorbed = {sent.opening_id for sent in self._absorbed}
+        for key, other in list(self._contributions.items()):
+            if other.version < state.version:
+                del self._contributions[key]
+                if other.recall is not None and key not in absorbed:
+                    self._passed_over.append(_Sent(key, other.version, other.tokens, other.recall))
 
     def take_back(self) -> None:
         """Undo the newest commit, because a better one of the same version has turned up."""
@@ -199,12 +204,17 @@ class Ledger:
                 self.pending_tokens -= contribution.tokens
                 if contribution.lost is not None:
                     self._feedback = contribution.lost
+        for old in self._passed_over:
+            if old.opening_id in absorbed:
+                self._work.absorb(old.recall(), old.tokens)
+                self.pending_tokens -= old.tokens
         for old in self._absorbed:
             if old.opening_id in lost:
                 self._work.release(old.recall(), old.tokens)
                 self.pending_tokens += old.tokens
         self._contributions.clear()
         self._absorbed.clear()
+        self._passed_over.clear()
         self.state, self._applied = state, None
 
     def recent(self) -> dict[str, int]:
@@ -216,4 +226,5 @@ class Ledger:
 
     def outstanding(self) -> dict[str, int]:
         """Openings that this peer contributed to and that may be in another history than its own: id -> version."""
-        return {key: contribution.version for key, contribution in self._contributions.items()}
+        passed_over = {old.opening_id: old.version for old in self._passed_over}
+        return passed_over | {key: contribution.version for key, contribution in self._contributions.items()}

@@ -57,11 +57,11 @@ def apply(
     if step.last:
         return weights - average, [torch.zeros_like(buffers[0])]
     momentum = torch.mul(buffers[0], step.run.averaging.outer_momentum)
-    momentum = torch.add(momentum, average)
+    momentum.add_(average)
     change = torch.mul(momentum, step.run.averaging.outer_momentum)
-    change = torch.add(change, average)
-    change = torch.mul(change, step.run.averaging.outer_learning_rate)
-    return torch.sub(weights, change), [momentum]
+    change.add_(average)
+    change.mul_(step.run.averaging.outer_learning_rate)
+    return torch.sub(weights, change, out=change), [momentum]  # no more new memory than is kept: it is what takes long
 
 
 def _adamw(
