@@ -25,7 +25,7 @@ assert sys.byteorder == "little", "the wire format is little-endian; a big-endia
 
 _UNIT_BYTES = 4
 _SCALE_BYTES = 2
-STRIDE_BLOCKS = 512
+STRIDE_BLOCKS = 2048
 MAX_MAGNITUDE = 1e30
 """of a unit, and of an fp32 value: sums of what strangers send stay finite"""
 

@@ -74,7 +74,7 @@ class Synchroniser:
                 problem = error
                 await asyncio.sleep(0.5)
                 continue
-            absorbed, lost = await self._fates(index, donors)
+            absorbed, lost = await self._fates(index, donors, at=state.version)
             await applier.adopt(state, absorbed=absorbed, lost=lost)
             return
         assert problem is not None
@@ -132,9 +132,10 @@ class Synchroniser:
             return False
         return answer.get("known") is True
 
-    async def _fates(self, index: int, donors: list[str]) -> tuple[list[str], list[str]]:
+    async def _fates(self, index: int, donors: list[str], *, at: int) -> tuple[list[str], list[str]]:
         """Of own openings: (those of unknown fate that are in the downloaded history, those that were in ours and are
-        not in it). Versions that no donor has commits of any more are taken to be common to both."""
+        not in it). `at`: its version; ours may be ahead in rounds and yet behind in tokens. Versions that no donor has
+        commits of any more are taken to be common to both."""
         applier, me = self._appliers[index], self._context.keypair.peer_id
         outstanding, recent = applier.ledger.outstanding(), applier.ledger.recent()
         theirs: dict[int, Commit] = {}
@@ -154,6 +155,7 @@ class Synchroniser:
 
         absorbed = [opening_id for opening_id, version in outstanding.items() if has(opening_id, version)]
         lost = [
-            opening_id for opening_id, version in recent.items() if version in theirs and not has(opening_id, version)
+            opening_id for opening_id, version in recent.items()
+            if version > at or (version in theirs and not has(opening_id, version))
         ]
         return absorbed, lost

