@@ -53,6 +53,9 @@ def test_every_command_parses(command, capsys):
     if words[:3] == ["python", "-m", "swarm.peer"]:
         parse(lambda arguments: cli.parse(arguments, {}), words[3:])
         return
+    if words[:2] == ["python", "scripts/wanlab"]:
+        parse(importlib.import_module("wanlab.__main__").make_parser().parse_args, words[2:])
+        return
     folder, _, name = words[0].partition("/")
     assert folder == "scripts", f"what is {command}?"
     path = ROOT / words[0]

@@ -1,6 +1,6 @@
 """What the holders of a fragment have trained since its last commit, as far as this peer can tell.
 
-Statuses come once a second; in between a peer is assumed to go on at its speed. After a commit what it absorbed is
+Statuses come every 1.5 s; in between a peer is assumed to go on at its speed. After a commit what it absorbed is
 taken off, rather than waiting for the next status, or rounds would lag the tokens by a heartbeat.
 """
 

@@ -1,4 +1,4 @@
-"""Who is in the swarm, as this peer sees it: the statuses that peers tell each other directly, every second.
+"""Who is in the swarm, as this peer sees it: the statuses that peers tell each other directly, every 1.5 s.
 
 The DHT fills it at the start and now and then; from then on news comes from the peers themselves, and each passes on
 the addresses of a few others (gossip), so the swarm holds together when the DHT or the first peer is gone (I5).

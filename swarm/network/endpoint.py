@@ -30,7 +30,7 @@ MAX_ADDRESSES_DIALLED = 8
 MAX_CLOCK_S = 1e12
 SAME_IDENTITY = "this identity is in use"
 TWIN_ALIVE_S = 5.0
-"""a peer heard from within this time is alive (heartbeats come every second)"""
+"""a peer heard from within this time is alive (heartbeats come every 1.5 s)"""
 
 log = logging.getLogger(__name__)
 

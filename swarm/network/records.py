@@ -1,4 +1,4 @@
-"""What travels as signed values: a peer's status (told directly every second and kept in the DHT) and run configs.
+"""What travels as signed values: a peer's status (told directly every 1.5 s and kept in the DHT) and run configs.
 
 Schemas are strict and bounded: whatever does not fit is dropped, never repaired. A signature proves a key, not good
 will, so nothing here is believed beyond "this peer says so"; heads and run configs are checked by hash (I4).
