@@ -39,6 +39,9 @@ from swarm.network import records
 ATTEMPTS = 3
 REDUCTIONS = 3
 """times that the owners are asked for a result without those who are missing"""
+ANSWER_S = 2.0
+"""an opening is answered as soon as the contribution is taken: whoever is silent for much longer than all of late, and for
+this long, is left out; what it has learnt goes into the next round"""
 LOOK_S = 0.25
 """while waiting for results: whether their owners are still there"""
 BUSY = "busy"
@@ -70,6 +73,8 @@ class FragmentRounds:
         self.elsewhere: list[str] = []
         """invited peers that turned out to be at another version: the opener must first see what they have"""
         self._push_s: deque[float] = deque(maxlen=16)
+        self._answer_s: deque[float] = deque(maxlen=16)
+        """until all members had answered an opening, in recent rounds"""
         self._current: _Current | None = None
         self._attempting: tuple[str, asyncio.Task[tuple[Commit | None, set[str]]]] | None = None
         self._results: dict[int, dict[Contributors, PartResult]] = {}
@@ -159,7 +164,9 @@ class FragmentRounds:
 
     async def _invite(self, opening: Opening) -> tuple[dict[int, int], set[str]]:
         """(member -> tokens that it contributes, who failed). Ends early when an owner fails or another opener won."""
-        wait_s = opening.push_s + 2.0
+        began = asyncio.get_running_loop().time()
+        known = len(self._answer_s) >= 3
+        wait_s = plan.deadline_s(list(self._answer_s), bytes_each=0, floor_s=ANSWER_S) if known else opening.push_s + 2.0
         owners = {opening.owner(part) for part in opening.parts}
         tasks = {
             asyncio.ensure_future(
@@ -194,6 +201,8 @@ class FragmentRounds:
                         answers[member] = tokens
                     else:
                         failed.add(peer_id)
+            if len(answers) == len(opening.members):
+                self._answer_s.append(asyncio.get_running_loop().time() - began)
             return answers, failed
         finally:
             for task in tasks:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from swarm.averaging import codec
-from swarm.averaging.global_state import GlobalState, initial_state
+from swarm.averaging.global_state import GlobalState, initial_state, outranks
 from swarm.averaging.layout import layout_of
 from swarm.averaging.ledger import KEPT_ABSORBED, Drift, Ledger
 from swarm.model.fragments import FragmentSpec, TensorSpec
@@ -94,3 +94,44 @@ def test_it_remembers_a_bounded_number_of_commits() -> None:
         peer.commit(f"opening {number}")
     assert len(peer.ledger.recent()) == KEPT_ABSORBED
     assert f"opening {KEPT_ABSORBED + 4}" in peer.ledger.recent()
+
+
+def test_what_the_others_committed_after_the_cut_is_not_offered_twice() -> None:
+    """Cut off between pushing a contribution and its commit, a peer offers the same work again in its own history."""
+    peer = Peer()
+    peer.train(100)
+    first = peer.ledger.contribute("theirs", 1)
+    data = codec.encode(first.offered, LAYOUT.num_fine_blocks, BITS)
+    said = codec.decode(data, LAYOUT.num_blocks, LAYOUT.num_fine_blocks, BITS)
+    first.recall = lambda: said
+    peer.train(30)
+    peer.commit("mine 1")
+    peer.train(30)
+    peer.commit("mine 2")
+    assert peer.ledger.outstanding()["theirs"] == 1, "remembered beyond its version"
+    peer.train(7)
+    peer.ledger.adopt(peer.state(other_weights(), 10_000), absorbed=["theirs"], lost=["mine 1", "mine 2"])
+    assert peer.ledger.pending_tokens == 30 + 30 + 7
+    assert torch.allclose(peer.offers(), peer.learnt - said.double(), atol=1e-5), "nothing lost, nothing said twice"
+    assert peer.ledger.outstanding() == {}
+
+
+def test_a_passed_over_contribution_that_nobody_has_is_still_in_the_drift() -> None:
+    peer = Peer()
+    peer.train(100)
+    first = peer.ledger.contribute("nobody's", 1)
+    first.recall = lambda: torch.zeros(LAYOUT.numel)
+    said = peer.commit("mine")
+    peer.ledger.adopt(peer.state(other_weights(), 10_000), absorbed=[], lost=[])
+    assert peer.ledger.pending_tokens == 0
+    assert torch.allclose(peer.offers(), peer.learnt - said, atol=1e-5)
+
+
+@pytest.mark.parametrize(("tokens", "digest", "wins"), [
+    (101, "f" * 64, True), (99, "0" * 64, False), (100, "0" * 64, True), (100, "f" * 64, False),
+])
+def test_of_two_histories_all_prefer_the_same(tokens: int, digest: str, wins: bool) -> None:
+    peer = Peer()
+    state = peer.state(other_weights(), 100)
+    assert outranks(tokens, digest, state) is wins
+    assert not outranks(100, state.digest, state), "a head does not outrank itself"
