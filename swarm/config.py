@@ -82,8 +82,9 @@ class AveragingConfig:
     mode: str = "local"
     """local: pseudo-gradients of many inner steps; sync: gradients of every step, fp32 (exact, for small LANs)"""
     tokens_per_round: int = 80_000
-    """swarm tokens for a fragment between two of its rounds (sync: tokens of one step of the whole swarm). The default is
-    20 inner steps of 1,024 tokens at each of four peers: from cold that costs no quality, and rounds cost little CPU"""
+    """swarm tokens for a fragment between two of its rounds (sync: tokens of one step of the whole swarm). The default
+    is 20 inner steps of 1,024 tokens at each of four peers: from cold that costs no quality, and rounds cost little
+    CPU"""
     max_round_s: float = 60.0
     """a round opens after this many seconds even with fewer tokens"""
     bits: int = 4

@@ -103,7 +103,8 @@ class Contribution:
 
 @dataclass(frozen=True)
 class _Sent:
-    """A contribution whose fate another history may see otherwise; kept for a while, in case the swarm goes on there."""
+    """A contribution whose fate another history may see otherwise; kept for a while, in case the swarm goes on
+    there."""
 
     opening_id: str
     version: int

@@ -72,8 +72,8 @@ def _adamw(
     beta1, beta2 = train.betas
     first = torch.add(torch.mul(buffers[0], beta1), torch.mul(gradient, 1 - beta1))
     second = torch.add(torch.mul(buffers[1], beta2), torch.mul(torch.mul(gradient, gradient), 1 - beta2))
-    # torch's fp32 square root is MKL's on some machines, and not always the nearest value there (seen on an EPYC); through
-    # fp64 it is, since the root of an fp32 number is never that close to the middle between two others
+    # torch's fp32 square root is MKL's on some machines, and not always the nearest value there (seen on an EPYC);
+    # through fp64 it is, since the root of an fp32 number is never that close to the middle between two others
     root = torch.sqrt(second.to(torch.float64)).to(torch.float32)
     denominator = torch.add(torch.div(root, math.sqrt(1 - beta2**step.version)), 1e-8)
     change = torch.div(torch.mul(first, rate / (1 - beta1**step.version)), denominator)

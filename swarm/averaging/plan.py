@@ -21,9 +21,9 @@ def rank(peers: Sequence[str], *, fragment: int, version: int) -> list[str]:
 
 
 def leaders(reaches: Mapping[str, str], *, others_outbound: bool = False) -> list[str]:
-    """Who may open rounds and own parts, of peers with their `reach` (network/reachability.py): those that all others can
-    dial. Two peers behind routers meet by hole punching, but not where one of them is outbound (`others_outbound`: there
-    is such a peer that we have only heard of). Where nobody is left by that rule, everybody may."""
+    """Who may open rounds and own parts, of peers with their `reach` (network/reachability.py): those that all others
+    can dial. Two peers behind routers meet by hole punching, but not where one of them is outbound (`others_outbound`:
+    there is such a peer that we have only heard of). Where nobody is left by that rule, everybody may."""
     outbound = others_outbound or "outbound" in reaches.values()
     allowed = ("public", "") if outbound else ("public", "punched", "")
     return [peer_id for peer_id, reach in reaches.items() if reach in allowed] or list(reaches)

@@ -10,8 +10,8 @@
 
 Four legs of the network where nobody fails. Where somebody stays silent or has died, the opener names who is left and
 asks the owners for a result of just those (`reduce`). All parts or nothing: a contribution is in a commit only if every
-owner has all of it, so it is in exactly one round or still in its peer's drift (I2). If an owner fails, the opener tries
-again without it; if the opener fails, the next in rank opens. Every wait has a deadline from recent rounds (I3).
+owner has all of it, so it is in exactly one round or still in its peer's drift (I2). If an owner fails, the opener
+tries again without it; if the opener fails, the next in rank opens. Every wait has a deadline from recent rounds (I3).
 Training goes on through all of this.
 """
 
@@ -40,8 +40,8 @@ ATTEMPTS = 3
 REDUCTIONS = 3
 """times that the owners are asked for a result without those who are missing"""
 ANSWER_S = 2.0
-"""an opening is answered as soon as the contribution is taken: whoever is silent for much longer than all of late, and for
-this long, is left out; what it has learnt goes into the next round"""
+"""an opening is answered as soon as the contribution is taken: whoever is silent for much longer than all of late, and
+for this long, is left out; what it has learnt goes into the next round"""
 LOOK_S = 0.25
 """while waiting for results: whether their owners are still there"""
 BUSY = "busy"
@@ -166,7 +166,9 @@ class FragmentRounds:
         """(member -> tokens that it contributes, who failed). Ends early when an owner fails or another opener won."""
         began = asyncio.get_running_loop().time()
         known = len(self._answer_s) >= 3
-        wait_s = plan.deadline_s(list(self._answer_s), bytes_each=0, floor_s=ANSWER_S) if known else opening.push_s + 2.0
+        wait_s = opening.push_s + 2.0
+        if known:
+            wait_s = plan.deadline_s(list(self._answer_s), bytes_each=0, floor_s=ANSWER_S)
         owners = {opening.owner(part) for part in opening.parts}
         tasks = {
             asyncio.ensure_future(
@@ -214,8 +216,8 @@ class FragmentRounds:
         something to contribute, is gone or takes too long."""
         loop = asyncio.get_running_loop()
         deadline = loop.time() + opening.push_s
-        others = {opening.owner(part) for part in opening.parts} | {opening.members[member] for member, _ in contributors}
-        others.discard(self._me)
+        owners = {opening.owner(part) for part in opening.parts}
+        others = (owners | {opening.members[member] for member, _ in contributors}) - {self._me}
         while loop.time() < deadline:
             self._result_came.clear()
             made = [self._results.get(index, {}).get(contributors) for index in range(len(opening.parts))]
@@ -358,7 +360,8 @@ class FragmentRounds:
             await self._tell(owner, "push", header, data, 2 * opening.push_s)
 
     def reduced(self, header: dict[str, Any], data: bytes, *, sender: str) -> None:
-        """An owner's result: kept until the commit that names it. Raises BadMessage where it is not what it should be."""
+        """An owner's result: kept until the commit that names it. Raises BadMessage where it is not what it should
+        be."""
         opening, index, raw = self.owner.opening(header.get("id")), header.get("part"), header.get("contributors")
         if opening is None:
             return  # the round is over, or this peer came too late for it

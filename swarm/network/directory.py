@@ -261,7 +261,8 @@ class Directory:
 
         return [
             peer_id for peer_id, known in self._known.items()
-            if (can_meet(self.reach, known.reach) or self._endpoint.is_linked(peer_id)) and now - max(known.tried_at, known.heard_at) >= pause_s(peer_id, known)
+            if (can_meet(self.reach, known.reach) or self._endpoint.is_linked(peer_id))
+            and now - max(known.tried_at, known.heard_at) >= pause_s(peer_id, known)
         ]
 
     def _forget(self) -> None:

@@ -5,8 +5,9 @@
     asker dials other, from the port that it listens on
 
 Both routers have now seen a connection from inside to just that outside, and take the other side's packets for its
-answers: a simultaneous open (RFC 9293, 3.5; RFC 5128, 3.4), as long as they keep a connection's port ("cone"). Both ends
-have dialled, and libp2p needs one to have listened: the other hands its socket on to its own p2pd's listening port.
+answers: a simultaneous open (RFC 9293, 3.5; RFC 5128, 3.4), as long as they keep a connection's port ("cone"). Both
+ends have dialled, and libp2p needs one to have listened: the other hands its socket on to its own p2pd's listening
+port.
 
 libp2p's own way leads through relays (https://libp2p.io/docs/dcutr/), but p2pd reserves a relay only once it has four
 candidates or after three minutes, and a relay cuts streams after 128 KiB (both measured). Here nothing is relayed: the

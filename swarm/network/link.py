@@ -134,8 +134,9 @@ class Link:
     async def notify(
         self, method: str, header: dict[str, Any] | None = None, body: bytes = b"", *, deadline_s: float
     ) -> None:
-        """Tell without being answered: half the messages of a call. Returns once the body is on its way; what becomes of
-        it, the other side must say by other means. Raises PeerGone when the link ends or the deadline passes before."""
+        """Tell without being answered: half the messages of a call. Returns once the body is on its way; what becomes
+        of it, the other side must say by other means. Raises PeerGone when the link ends or the deadline passes
+        before."""
         if self.closed.is_set():
             raise PeerGone(f"{method}: the link to {self.peer_id[-6:]} is closed")
         call, self._next_call = self._next_call, (self._next_call + 1) % 2**32
@@ -203,7 +204,7 @@ class Link:
                     data = b"".join(batch)
                     self._writer.write(data)
                     self.bytes_sent += len(data)
-                    if self._writer.transport.get_write_buffer_size():  # what went straight into the socket waits no more
+                    if self._writer.transport.get_write_buffer_size():  # else it went straight into the socket
                         await asyncio.wait_for(self._writer.drain(), STALL_S)
                 elif self._bulk:
                     left_s = self.pacing.progress_at + STALL_S - loop.time()

@@ -20,7 +20,8 @@ MIN_WINDOW = 2 * ACK_BYTES
 FIRST_WINDOW = 4 * ACK_BYTES
 MAX_WINDOW = 64 * 1024 * 1024
 TARGET_S = 0.06
-"""of delay that our own bytes may add. Home routers buffer 100 ms and more; less would mistake a busy CPU for a queue"""
+"""of delay that our own bytes may add. Home routers buffer 100 ms and more; less would mistake a busy CPU for a
+queue"""
 RTT_MEMORY_S = 30.0
 GROWTH = 0.25
 """a round trip, once the path has been full: doubling again would add a whole round trip of delay each time"""
@@ -45,8 +46,8 @@ class Pacing:
         self._limited = self._was_full = False
 
     def room(self) -> int:
-        """Bytes that may be sent now; the last ones of a body are never acknowledged, so less than one `ACK_BYTES` under
-        way counts as none."""
+        """Bytes that may be sent now; the last ones of a body are never acknowledged, so less than one `ACK_BYTES`
+        under way counts as none."""
         free = self.window - (self.sent - self.arrived)
         if free <= 0:
             self._limited = True
@@ -70,7 +71,8 @@ class Pacing:
         self._arrivals.append((total, now))
         while len(self._arrivals) > 2 and now - self._arrivals[1][1] > RATE_S:
             self._arrivals.popleft()
-        (before, since), elapsed_s = self._arrivals[0], now - self._arrivals[0][1]
+        before, since = self._arrivals[0]
+        elapsed_s = now - since
         if elapsed_s > 0 and self._limited:
             self.bytes_per_s = (total - before) / elapsed_s
         if rtt_s is None:

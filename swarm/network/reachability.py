@@ -5,10 +5,10 @@ listens on, and to look for libp2p's greeting there. The prober connects nowhere
 scan other machines. From what they say follows one of three situations:
 
     public     others get in. Opens rounds, owns parts, and introduces those behind routers to each other
-    punched    behind a router that keeps a connection's port whoever is at the other end ("cone"): others dial it once a
-               third peer has introduced them (introductions.py)
-    outbound   behind a router that picks a new port for each other end ("symmetric"), where that fails: it dials, and is
-               dialled by nobody. It trains and contributes all the same, but opens no rounds and owns no parts
+    punched    behind a router that keeps a connection's port whoever is at the other end ("cone"): others dial it once
+               a third peer has introduced them (introductions.py)
+    outbound   behind a router that picks a new port for each other end ("symmetric"), where that fails: it dials, and
+               is dialled by nobody. It trains and contributes all the same, but opens no rounds and owns no parts
 """
 
 from __future__ import annotations
@@ -62,12 +62,12 @@ def judge(sightings: Sequence[Sighting], *, port: int | None) -> Situation:
     kept = ports == {port} or (len(sightings) > 1 and len(ports) == 1 and 0 not in ports)
     if kept:
         return Situation(
-            PUNCHED, f"behind a router at {sightings[0].host} that keeps ports: others get in once somebody has introduced "
-            "them (hole punching)",
+            PUNCHED, f"behind a router at {sightings[0].host} that keeps ports: others get in once somebody has "
+            "introduced them (hole punching)",
         )
     return Situation(
-        OUTBOUND, f"nobody gets in at {sightings[0].host} port {port}, and the router changes ports: outgoing connections "
-        "only. It trains and contributes in full, others do the adding up",
+        OUTBOUND, f"nobody gets in at {sightings[0].host} port {port}, and the router changes ports: outgoing "
+        "connections only. It trains and contributes in full, others do the adding up",
     )
 
 

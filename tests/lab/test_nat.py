@@ -1,5 +1,5 @@
-"""A swarm behind real routers: three public peers, two behind cone NAT, one behind symmetric NAT. All train and average;
-the two behind cone NAT are linked directly, by hole punching."""
+"""A swarm behind real routers: three public peers, two behind cone NAT, one behind symmetric NAT. All train and
+average; the two behind cone NAT are linked directly, by hole punching."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ def established(lab: Lab, host: str) -> list[str]:
 
 def test_all_six_train_and_average(tmp_path: Path, folder: Path) -> None:
     run = write_run(tmp_path, averaging={"tokens_per_round": 30_000, "max_round_s": 30.0})
-    with Lab(support.NAME, load("nat")) as lab, LabSwarm(lab, SYSTEMS["swarm"], Setup(run, 6, None, folder, 0)) as swarm:
+    setup = Setup(run, 6, None, folder, 0)
+    with Lab(support.NAME, load("nat")) as lab, LabSwarm(lab, SYSTEMS["swarm"], setup) as swarm:
         assert lab.hosts == [*PUBLIC, *CONE, *SYMMETRIC]
         swarm.start_all()
         peers = {peer.host: peer for peer in swarm.peers.values()}

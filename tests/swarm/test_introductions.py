@@ -1,5 +1,5 @@
-"""Introductions between real peers on loopback, where there is no router to open: who is asked what, and what is refused.
-The routers are in tests/lab/test_nat.py."""
+"""Introductions between real peers on loopback, where there is no router to open: who is asked what, and what is
+refused. The routers are in tests/lab/test_nat.py."""
 
 import asyncio
 import socket
@@ -26,7 +26,8 @@ def test_two_that_are_linked_to_a_third_are_introduced_and_linked(nets):
     assert maddr is not None and host_and_port(maddr) == host_and_port(seen)
 
     async def nobody_knows(peer_id):
-        return f"/ip4/127.0.0.1/tcp/{host_and_port(two.maddrs[0])[1]}" if await one.introductions.address_of(peer_id) else None
+        assert await one.introductions.address_of(peer_id)
+        return f"/ip4/127.0.0.1/tcp/{host_and_port(two.maddrs[0])[1]}"
 
     one.endpoint.address_of = nobody_knows
     link = one.run(one.endpoint.link_to(two.peer_id))

@@ -1,7 +1,8 @@
-"""A swarm in one process and in no time: real averagers, rounds, ledgers and codec; the network and the clock are made up.
+"""A swarm in one process and in no time: real averagers, rounds, ledgers and codec; the network and the clock are made
+up.
 
-The event loop's clock jumps to whatever is due next, so minutes of a swarm take a fraction of a second, and a schedule is
-the same each time. Messages are delayed, lost, or arrive twice as late; peers are cut off, or die.
+The event loop's clock jumps to whatever is due next, so minutes of a swarm take a fraction of a second, and a schedule
+is the same each time. Messages are delayed, lost, or arrive twice as late; peers are cut off, or die.
 """
 
 from __future__ import annotations
@@ -66,7 +67,8 @@ class World:
     def part(self, side: Iterable[str]) -> None:
         inside = set(side)
         self.parted |= {
-            frozenset((one, other)) for one in self.peers for other in self.peers if (one in inside) != (other in inside)
+            frozenset((one, other)) for one in self.peers for other in self.peers
+            if (one in inside) != (other in inside)
         }
 
     def heal(self) -> None:
@@ -201,7 +203,9 @@ class Peer:
 
         self.averager.context.spawn(deliver())
 
-    async def _deliver(self, peer_id: str, method: str, header: dict[str, Any], body: bytes) -> tuple[dict[str, Any], bytes]:
+    async def _deliver(
+        self, peer_id: str, method: str, header: dict[str, Any], body: bytes
+    ) -> tuple[dict[str, Any], bytes]:
         await self.world.travel()
         if not self.world.can_talk(self.id, peer_id):
             raise PeerGone("cannot reach it")

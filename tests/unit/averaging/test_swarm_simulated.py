@@ -1,5 +1,5 @@
-"""Swarms under hundreds of schedules of delay, loss, partition and death: one truth (I1), no token lost or counted twice
-(I2), nobody waits for the dead (I3). The protocol is the real one, see simulation.py."""
+"""Swarms under hundreds of schedules of delay, loss, partition and death: one truth (I1), no token lost or counted
+twice (I2), nobody waits for the dead (I3). The protocol is the real one, see simulation.py."""
 
 from __future__ import annotations
 
@@ -59,10 +59,14 @@ async def settle(world: World, *, limit_s: float = 120.0) -> list[Peer]:
 def held_by(peer: Peer, others: list[Peer]) -> int:
     """Tokens that die with a peer: its drift, and what is in commits that nobody else has seen yet."""
     applier = peer.averager._fragments[0].applier
-    known = {applier_of.history.commit(version).hash for applier_of in (o.averager._fragments[0].applier for o in others)
-             for version in range(1, peer.head[0] + 1) if applier_of.history.commit(version) is not None}
+    versions = range(1, peer.head[0] + 1)
+    histories = [other.averager._fragments[0].applier.history for other in others]
+    known = {
+        commit.hash for history in histories for version in versions
+        if (commit := history.commit(version)) is not None
+    }
     unseen = [
-        commit for version in range(1, peer.head[0] + 1)
+        commit for version in versions
         if (commit := applier.history.commit(version)) is not None and commit.hash not in known
     ]
     own = [c.tokens for commit in unseen for c in commit.contributors if commit.opening.members[c.member] == peer.id]
