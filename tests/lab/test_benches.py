@@ -75,9 +75,10 @@ def test_wan(folder: Path) -> None:
 
 
 def test_churn(folder: Path) -> None:
-    faults = ["--kinds", "crash", "--faults-per-hour", "720", "--seed", "3"]
-    row, _ = bench(folder, "churn", "--peers", "2", "--seconds", "15", *faults)
-    assert row["num_faults"]["min"] >= 1
+    # one crash: where both peers are dead at the same moment, what came after their checkpoints is gone with them
+    faults = ["--kinds", "crash", "--faults-per-hour", "240", "--seed", "7"]
+    row, _ = bench(folder, "churn", "--peers", "2", "--seconds", "15", "--set", "tokens_per_round=12000", *faults)
+    assert row["num_faults"]["min"] == 1
     assert row["equal_weights"]["min"] == 2 and row["heads_agree"]["min"] == 1
     assert row["counted_twice_tokens"]["max"] == 0
     assert row["num_ended_by_themselves"]["max"] == 0
