@@ -119,7 +119,7 @@ def give_way() -> None:
     """The calling thread takes the processor when nobody else wants it: a round's arithmetic, answers to other peers
     and whatever the owner of the machine does come first. Training loses nothing by it but its place in the queue: a
     round of 10 M parameters with four peers on two cores took 3.7 s without this and 3.1 s with it. Linux only, where
-    priorities are a thread's own. Python's lock changes hands sooner, too: a small step of a round would wait 5 ms for
+    priorities are a thread's own. Python's lock changes hands sooner, too: a small step of a round could wait 5 ms for
     each."""
     sys.setswitchinterval(SWITCH_S)
     if sys.platform == "linux":
