@@ -81,6 +81,8 @@ class Introductions:
     async def _on_knock(self, link: Link, header: dict[str, Any], body: bytes) -> Answer:
         """Only one dial, and nothing is sent on it before libp2p's handshake: of no use to attack somebody with."""
         host, port = _place(header)
+        if not may_knock(host, seen=host_and_port(link.observed_maddr)):
+            raise PeerRefused("a place in this peer's own network, asked for from outside")
         if len(self._let_in) >= MAX_LET_IN:
             raise PeerRefused("too many introductions at once")
         assert self._inside is not None
@@ -98,6 +100,14 @@ class Introductions:
         for task in self._let_in:
             task.cancel()
         await asyncio.gather(*self._let_in, return_exceptions=True)
+
+
+def may_knock(host: str, *, seen: tuple[str, int] | None) -> bool:
+    """Whoever comes from the internet (`seen`: where its link comes from) sends nobody to machines of a local network,
+    which it could not reach itself."""
+    if ipaddress.ip_address(host).is_global:
+        return True
+    return seen is not None and not ipaddress.ip_address(seen[0]).is_global
 
 
 async def _let_in(knocking: socket.socket, outside: tuple[str, int], inside: tuple[str, int]) -> None:

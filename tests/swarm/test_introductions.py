@@ -69,6 +69,15 @@ def test_nobody_knocks_at_places_that_are_none(nets, place):
     assert not one.introductions._let_in
 
 
+@pytest.mark.parametrize(("host", "seen", "allowed"), [
+    ("198.41.0.4", "8.8.8.8", True), ("192.168.1.1", "8.8.8.8", False), ("127.0.0.1", "8.8.8.8", False),
+    ("100.64.0.1", "8.8.8.8", False), ("192.168.1.7", "192.168.1.5", True), ("fe80::1", "2001:4860:4860::8888", False),
+])
+def test_strangers_send_nobody_into_its_own_network(host, seen, allowed):
+    assert introductions.may_knock(host, seen=(seen, 5000)) is allowed
+    assert introductions.may_knock(host, seen=None) is (host == "198.41.0.4")
+
+
 def test_the_number_of_knocks_is_bounded(nets, monkeypatch):
     monkeypatch.setattr(introductions, "MAX_LET_IN", 2)
     third, one, _ = three(nets)
