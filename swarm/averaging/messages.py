@@ -14,6 +14,7 @@ from typing import Annotated
 
 from pydantic import Field
 
+from swarm.averaging.plan import MAX_PARTS
 from swarm.errors import BadMessage
 from swarm.network.keys import Keypair, verify
 from swarm.network.records import MAX_FRAGMENTS, Digest, PeerIdText, Strict
@@ -43,7 +44,7 @@ class Opening(Strict):
     """of the version before"""
     members: Annotated[list[PeerIdText], Field(min_length=1, max_length=MAX_MEMBERS)]
     """the opener first"""
-    parts: Annotated[list[Part], Field(min_length=1, max_length=MAX_MEMBERS)]
+    parts: Annotated[list[Part], Field(min_length=1, max_length=MAX_PARTS)]
     nonce: Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
     push_s: Annotated[float, Field(gt=0, le=600)]
     """members have this long to deliver"""
@@ -86,7 +87,7 @@ class PartResult(Strict):
 class Commit(Strict):
     opening: Opening
     contributors: Annotated[list[Contributor], Field(min_length=1, max_length=MAX_MEMBERS)]
-    results: Annotated[list[PartResult], Field(min_length=1, max_length=MAX_MEMBERS)]
+    results: Annotated[list[PartResult], Field(min_length=1, max_length=MAX_PARTS)]
     signature: Signature
 
     @property

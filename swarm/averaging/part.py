@@ -1,8 +1,9 @@
-"""The owner of a part: gathers contributions, adds them up, quantises once, and hands the result to every member.
+"""The owner of parts: gathers contributions, adds them up, quantises once, and hands the results to every member.
 
-It does not wait to be told: as soon as all members of an opening have spoken (with values, or to say that they have
-none), the result is made, signed for the opener and pushed to all, so that it is there before the commit that names it
-(two legs of the network saved). Where somebody stays silent, the opener asks for a result without it: `reduce`.
+It does not wait to be told: as soon as all members of an opening have spoken of a part (with values, or to say that
+they have none), its result is made, signed for the opener and pushed to all, so that it is there before the commit that
+names it (two legs of the network saved), and while contributions to the next part still arrive. Where somebody stays
+silent, the opener asks for a result without it: `reduce`.
 """
 
 from __future__ import annotations
@@ -37,18 +38,18 @@ def contributors_of(answers: dict[int, int]) -> Contributors:
 
 @dataclass
 class _Gathered:
-    """One opening at one member: the contributions to the part that it owns, if it owns one."""
+    """One opening at one member: the contributions to the parts that it owns, if it owns any."""
 
     opening: Opening
-    received: dict[int, tuple[int, torch.Tensor]] = field(default_factory=dict)
-    """member -> (tokens, decoded values of my part); no tokens: it has nothing to contribute"""
-    results: dict[Contributors, tuple[PartResult, torch.Tensor]] = field(default_factory=dict)
-    """made so far -> (result, the feedback that it leaves)"""
+    received: dict[int, dict[int, tuple[int, torch.Tensor]]] = field(default_factory=dict)
+    """part -> member -> (tokens, decoded values); no tokens: it has nothing to contribute"""
+    results: dict[tuple[int, Contributors], tuple[PartResult, torch.Tensor]] = field(default_factory=dict)
+    """(part, whose contributions) -> (result, the feedback that it leaves)"""
     reducing: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
 class PartOwner:
-    """Of one fragment at one peer, whichever part it owns in whichever opening."""
+    """Of one fragment at one peer, whichever parts it owns in whichever opening."""
 
     def __init__(
         self, context: Context, applier: Applier, *, is_current: Callable[[str], bool],
@@ -80,8 +81,8 @@ class PartOwner:
     # -- contributions ----------------------------------------------------------------------------------------------
 
     async def push(self, header: dict[str, Any], data: bytes, *, sender: str) -> None:
-        """A member's contribution to my part. Raises NetworkError where it is none; the sender is not told, the opener
-        sees that it is missing."""
+        """A member's contribution to one of my parts. Raises NetworkError where it is none; the sender is not told, the
+        opener sees that it is missing."""
         opening_id, tokens = header.get("id"), header.get("tokens")
         if not isinstance(opening_id, str) or type(tokens) is not int or not 0 <= tokens <= self._applier.max_claim:
             raise BadMessage("a push without id, or with an impossible number of tokens")
@@ -90,15 +91,16 @@ class PartOwner:
                 await asyncio.wait_for(self._changed.wait_for(lambda: opening_id in self._gathered), OPENING_KNOWN_S)
             except asyncio.TimeoutError:
                 raise PeerRefused("this peer does not know that opening") from None
-        await self.keep(opening_id, sender, tokens, data)
+        await self.keep(opening_id, header.get("part"), sender, tokens, data)
 
-    async def keep(self, opening_id: str, sender: str, tokens: int, data: bytes) -> None:
+    async def keep(self, opening_id: str, index: object, sender: str, tokens: int, data: bytes) -> None:
         gathered = self._gathered.get(opening_id)
         if gathered is None:
             raise PeerRefused("that opening is over")
         opening = gathered.opening
-        _, part = self._my_part(opening)
-        if sender not in opening.members or opening.members.index(sender) in gathered.received:
+        part_index, part = self._my_part(opening, index)
+        received = gathered.received.setdefault(part_index, {})
+        if sender not in opening.members or opening.members.index(sender) in received:
             raise PeerRefused("not a member of that opening, or a second push")
         values = torch.zeros(0)
         if tokens:
@@ -106,30 +108,32 @@ class PartOwner:
             values = await self._context.compute(
                 lambda: codec.decode(data, num_blocks, fine, self._bits), num_values=num_blocks * BLOCK
             )
-        gathered.received[opening.members.index(sender)] = (tokens, values)
+        received[opening.members.index(sender)] = (tokens, values)
         async with self._changed:
             self._changed.notify_all()
-        if len(gathered.received) == len(opening.members):
-            everybody = contributors_of({member: count for member, (count, _) in gathered.received.items()})
+        if len(received) == len(opening.members):
+            everybody = contributors_of({member: count for member, (count, _) in received.items()})
             if everybody and self._is_current(opening_id):
-                await self._reduce(gathered, everybody)
+                await self._reduce(gathered, part_index, everybody)
 
     # -- results ----------------------------------------------------------------------------------------------------
 
     async def reduce(self, header: dict[str, Any], *, asker: str) -> dict[str, Any]:
-        """The opener wants a result of just these contributors: {"hash", "signature"}, or {"missing": members} of whom
-        nothing has come within the opening's `push_s`."""
+        """The opener wants a part's result of just these contributors: {"hash", "signature"}, or {"missing": members}
+        of whom nothing has come within the opening's `push_s`."""
         gathered = self._gathered.get(str(header.get("id")))
         if gathered is None or asker != gathered.opening.opener:
             raise PeerRefused("this peer does not know that opening, or the asker did not open it")
         opening, raw = gathered.opening, header.get("contributors")
+        index, _ = self._my_part(opening, header.get("part"))
         if not isinstance(raw, list) or not 0 < len(raw) <= len(opening.members):
             raise BadMessage("a reduction without contributors")
         parsed = [records.parse(Contributor, item) for item in raw]
         wanted = contributors_of({c.member: c.tokens for c in parsed if c.member < len(opening.members)})
 
         def missing() -> list[int]:
-            return [member for member, tokens in wanted if gathered.received.get(member, (-1,))[0] != tokens]
+            received = gathered.received.get(index, {})
+            return [member for member, tokens in wanted if received.get(member, (-1,))[0] != tokens]
 
         async with self._changed:
             try:
@@ -138,17 +142,17 @@ class PartOwner:
                 return {"missing": missing()}
         if not self._is_current(opening.id):
             raise PeerRefused("busy with another round")
-        return (await self._reduce(gathered, wanted)).model_dump()
+        return (await self._reduce(gathered, index, wanted)).model_dump()
 
-    async def _reduce(self, gathered: _Gathered, contributors: Contributors) -> PartResult:
+    async def _reduce(self, gathered: _Gathered, index: int, contributors: Contributors) -> PartResult:
         async with gathered.reducing:
-            if contributors in gathered.results:
-                return gathered.results[contributors][0]
+            if (index, contributors) in gathered.results:
+                return gathered.results[index, contributors][0]
             opening = gathered.opening
-            index, part = self._my_part(opening)
+            _, part = self._my_part(opening, index)
             span, num_values = (part.start, part.end), (part.end - part.start) * BLOCK
             feedback = self._feedback.get(span, torch.zeros(num_values))
-            values = {opening.members[member]: gathered.received[member][1] for member, _ in contributors}
+            values = {opening.members[member]: gathered.received[index][member][1] for member, _ in contributors}
             tokens = {opening.members[member]: count for member, count in contributors}
             data, left = await self._context.compute(
                 lambda: reduce_part(values, tokens, feedback, num_fine=self._layout.fine_in(*span), bits=self._bits),
@@ -158,7 +162,7 @@ class PartOwner:
             named = [Contributor(member=member, tokens=count) for member, count in contributors]
             message = result_message(opening.id, index, named, result_hash)
             result = PartResult(hash=result_hash, signature=self._context.keypair.sign(message).hex())
-            gathered.results[contributors] = (result, left)
+            gathered.results[index, contributors] = (result, left)
         self._on_result(opening, index, contributors, result)
         header = {
             "fragment": self._applier.fragment, "id": opening.id, "part": index,
@@ -176,19 +180,22 @@ class PartOwner:
             return  # it fetches the bytes by their hash once it hears of the commit
 
     def settled(self, commit: Commit) -> None:
-        """A commit was applied: charge the feedback of my part in it, drop all openings of its version."""
+        """A commit was applied: charge the feedback of my parts in it, drop all openings of its version."""
         gathered = self._gathered.get(commit.opening.id)
-        made = gathered.results.get(contributors_of({c.member: c.tokens for c in commit.contributors})) if (
-            gathered is not None) else None
-        if made is not None:
-            _, part = self._my_part(commit.opening)
-            self._feedback = {(part.start, part.end): made[1]}
+        if gathered is not None:
+            contributors = contributors_of({c.member: c.tokens for c in commit.contributors})
+            left = {
+                (part.start, part.end): gathered.results[index, contributors][1]
+                for index, part in enumerate(commit.opening.parts) if (index, contributors) in gathered.results
+            }
+            self._feedback = left or self._feedback
         self._gathered = {
             key: other for key, other in self._gathered.items() if other.opening.version > commit.opening.version
         }
 
-    def _my_part(self, opening: Opening) -> tuple[int, Part]:
-        for index, part in enumerate(opening.parts):
+    def _my_part(self, opening: Opening, index: object) -> tuple[int, Part]:
+        if type(index) is int and 0 <= index < len(opening.parts):  # True is an int
+            part = opening.parts[index]
             if opening.owner(part) == self._context.keypair.peer_id:
                 return index, part
-        raise PeerRefused("this peer owns no part of that opening")
+        raise PeerRefused("this peer does not own that part of that opening")

@@ -7,6 +7,12 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 
+PIECES = 4
+"""parts of one owner: while the last one still arrives, the first one's result is on its way"""
+MIN_PIECE_BLOCKS = 1024
+"""128 kB at 4 bits; the messages of smaller parts would cost more than they save"""
+MAX_PARTS = 64
+"""of one round: each costs a hash and a signature in its commit"""
 WEIGHT_CAP = 2.0
 """a contribution weighs at most this many times the median, so that nobody takes a round over by claiming tokens"""
 
@@ -38,10 +44,23 @@ def target_tokens(tokens_per_round: int, num_fragments: int, *, fragment: int, v
 
 
 def split(num_blocks: int, owners: Sequence[str]) -> list[tuple[int, int, str]]:
-    """Parts (first block, end block, owner): equal runs of blocks, one each; owners in excess of blocks get none."""
-    owners = sorted(owners)[:num_blocks]
-    edges = [num_blocks * i // len(owners) for i in range(len(owners) + 1)]
-    return [(edges[i], edges[i + 1], owner) for i, owner in enumerate(owners)]
+    """Parts (first block, end block, owner): equal runs of blocks, one each, a long run in up to `PIECES` parts.
+    Owners in excess of blocks, or of `MAX_PARTS`, get none."""
+    owners = sorted(owners)[:min(num_blocks, MAX_PARTS)]
+    pieces = min(PIECES, MAX_PARTS // len(owners), num_blocks // len(owners) // MIN_PIECE_BLOCKS) or 1
+    count = pieces * len(owners)
+    edges = [num_blocks * i // count for i in range(count + 1)]
+    return [(edges[i], edges[i + 1], owners[i // pieces]) for i in range(count)]
+
+
+def waves(owners: Sequence[int]) -> list[list[int]]:
+    """The order in which a member sends parts with these owners: the first one of every owner, then the second ones."""
+    order: dict[int, list[int]] = {}
+    seen: dict[int, int] = {}
+    for part, owner in enumerate(owners):
+        seen[owner] = seen.get(owner, -1) + 1
+        order.setdefault(seen[owner], []).append(part)
+    return list(order.values())
 
 
 def weights(tokens: Mapping[str, int]) -> dict[str, float]:

@@ -3,8 +3,8 @@
     opener                     members                          owners of parts
     open ------------------->  copy the drift, encode
          <-- tokens
-                               push each part ---------------->  check, keep; once all members have spoken:
-                                                                 weigh, add up, quantise once
+                               push part by part ------------->  check, keep; once all members have spoken of a
+                                                                 part: weigh, add up, quantise once
          <------------------------------------------------------ result bytes and their signed hash, to all members
     commit (signed) -------->  apply the outer step to the result bytes, which are here by now
 
@@ -22,7 +22,8 @@ import contextlib
 import logging
 import secrets
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -55,7 +56,7 @@ class _Current:
 
     opening: Opening
     until: float
-    pushing: asyncio.Task[None] | None = None
+    pushing: list[asyncio.Task[None]] = field(default_factory=list)
 
 
 class FragmentRounds:
@@ -304,8 +305,8 @@ class FragmentRounds:
             self._leave_current()
 
     def _leave_current(self) -> None:
-        if self._current is not None and self._current.pushing is not None:
-            self._current.pushing.cancel()  # what is not on its way yet would only be in the way of what comes next
+        for pushing in self._current.pushing if self._current is not None else []:
+            pushing.cancel()  # what is not on its way yet would only be in the way of what comes next
         self._current = None
 
     async def take_part(self, opening: Opening) -> dict[str, Any]:
@@ -316,48 +317,57 @@ class FragmentRounds:
         await self.owner.expect(opening)
         ledger = self._applier.ledger
         if ledger.pending_tokens == 0:
-            current.pushing = self._context.spawn(self._push_all(opening, 0, [b""] * len(opening.parts)))
+            self._push_all(current, 0, dict.fromkeys(range(len(opening.parts)), b""))
             return {"tokens": 0}
         contribution = await self._context.at_boundary(
             lambda: ledger.contribute(opening.id, opening.version, max_tokens=self._applier.max_claim)
         )
-        encoded, contribution.lost = await self._context.compute(
-            lambda: self._encode(opening, contribution.offered), num_values=self._layout.numel
-        )
+        encoded: dict[int, bytes] = {}
+        lost = torch.empty_like(contribution.offered)
+        for wave in plan.waves([part.owner for part in opening.parts]):
+            size = sum(opening.parts[index].end - opening.parts[index].start for index in wave) * BLOCK
+            done = await self._context.compute(
+                partial(self._encode, opening, wave, contribution.offered, lost), num_values=size
+            )
+            encoded.update(done)
+            if self._current is current:  # another round may have come first
+                self._push_all(current, contribution.tokens, done)
+        contribution.lost = lost
         contribution.recall = lambda: self._decode(opening, encoded)
-        if self._current is current:  # another round may have come first
-            current.pushing = self._context.spawn(self._push_all(opening, contribution.tokens, encoded))
         return {"tokens": contribution.tokens}
 
-    def _encode(self, opening: Opening, offered: torch.Tensor) -> tuple[list[bytes], torch.Tensor]:
-        """(encoded parts, what they do not say of `offered`)."""
-        encoded, lost = [], torch.empty_like(offered)
-        for part in opening.parts:
+    def _encode(
+        self, opening: Opening, wave: list[int], offered: torch.Tensor, lost: torch.Tensor
+    ) -> dict[int, bytes]:
+        """Encode these parts; what their bytes do not say of `offered` goes to `lost`, both fp32 [numel]."""
+        encoded = {}
+        for index in wave:
+            part = opening.parts[index]
             span = slice(part.start * BLOCK, part.end * BLOCK)
             fine = self._layout.fine_in(part.start, part.end)
-            data, said = codec.encode_and_read(offered[span], fine, self._bits)
-            encoded.append(data)
+            encoded[index], said = codec.encode_and_read(offered[span], fine, self._bits)
             torch.sub(offered[span], said, out=lost[span])
-        return encoded, lost
+        return encoded
 
-    def _decode(self, opening: Opening, encoded: list[bytes]) -> torch.Tensor:
+    def _decode(self, opening: Opening, encoded: dict[int, bytes]) -> torch.Tensor:
         return torch.cat([
-            codec.decode(data, part.end - part.start, self._layout.fine_in(part.start, part.end), self._bits)
-            for part, data in zip(opening.parts, encoded, strict=True)
+            codec.decode(
+                encoded[index], part.end - part.start, self._layout.fine_in(part.start, part.end), self._bits
+            ) for index, part in enumerate(opening.parts)
         ])
 
-    async def _push_all(self, opening: Opening, tokens: int, encoded: list[bytes]) -> None:
-        await asyncio.gather(
-            *(self._push(opening, index, tokens, data) for index, data in enumerate(encoded)), return_exceptions=True
-        )
+    def _push_all(self, current: _Current, tokens: int, encoded: dict[int, bytes]) -> None:
+        for index, data in encoded.items():
+            current.pushing.append(self._context.spawn(self._push(current.opening, index, tokens, data)))
 
     async def _push(self, opening: Opening, index: int, tokens: int, data: bytes) -> None:
         owner = opening.owner(opening.parts[index])
-        if owner == self._me:
-            await self.owner.keep(opening.id, owner, tokens, data)
-        else:
-            header = {"fragment": self._fragment, "id": opening.id, "tokens": tokens}
-            await self._tell(owner, "push", header, data, 2 * opening.push_s)
+        header = {"fragment": self._fragment, "id": opening.id, "part": index, "tokens": tokens}
+        with contextlib.suppress(NetworkError):  # the opener sees that it is missing
+            if owner == self._me:
+                await self.owner.keep(opening.id, index, owner, tokens, data)
+            else:
+                await self._tell(owner, "push", header, data, 2 * opening.push_s)
 
     def reduced(self, header: dict[str, Any], data: bytes, *, sender: str) -> None:
         """An owner's result: kept until the commit that names it. Raises BadMessage where it is not what it should

@@ -15,9 +15,9 @@ from swarm.averaging import codec, part
 from swarm.averaging.apply import Applier
 from swarm.averaging.context import Context
 from swarm.averaging.global_state import initial_state
-from swarm.averaging.layout import Layout
+from swarm.averaging.layout import BLOCK, Layout
 from swarm.averaging.ledger import Drift, Ledger
-from swarm.averaging.messages import Contributor, Opening, Part, PartResult, result_message
+from swarm.averaging.messages import Contributor, Opening, Part, PartResult, make_commit, result_message
 from swarm.averaging.part import Contributors, PartOwner, contributors_of
 from swarm.config import RunConfig
 from swarm.errors import BadMessage, NetworkError, PeerRefused
@@ -61,12 +61,13 @@ class World:
         return codec.encode(values, self.layout.num_fine_blocks, self.run.averaging.bits)
 
     async def push(self, number: int, tokens: int = 100) -> None:
-        header = {"id": self.opening.id, "tokens": tokens}
+        header = {"id": self.opening.id, "part": 0, "tokens": tokens}
         await self.owner.push(header, self.encoded(number) if tokens else b"", sender=self.ids[number])
 
     async def reduce(self, tokens: dict[int, int], *, asker: int = 0) -> dict[str, Any]:
         contributors = [{"member": member, "tokens": count} for member, count in tokens.items()]
-        return await self.owner.reduce({"id": self.opening.id, "contributors": contributors}, asker=self.ids[asker])
+        header = {"id": self.opening.id, "part": 0, "contributors": contributors}
+        return await self.owner.reduce(header, asker=self.ids[asker])
 
     def value_of(self, result: PartResult) -> float:
         data = self.context.results.get(result.hash)
@@ -187,13 +188,20 @@ def test_nonsense_is_refused_and_changes_nothing(
     monkeypatch.setattr(part, "OPENING_KNOWN_S", 0.05)
 
     async def story(world: World) -> None:
-        good = {"id": world.opening.id, "tokens": 100}
+        good = {"id": world.opening.id, "part": 0, "tokens": 100}
         bad = [{"id": 5}, {"tokens": True}, {"tokens": -1}, {"tokens": 10**9}]
         for header in [{}, *({**good, **change} for change in bad)]:
             with pytest.raises(BadMessage):
                 await world.owner.push(header, world.encoded(1), sender=world.ids[1])
         with pytest.raises(PeerRefused, match="does not know"):
             await world.owner.push({**good, "id": "f" * 64}, world.encoded(1), sender=world.ids[1])
+        for nobodys in (None, "0", True, -1, 1):
+            with pytest.raises(PeerRefused, match="does not own"):
+                await world.owner.push({**good, "part": nobodys}, world.encoded(1), sender=world.ids[1])
+            with pytest.raises(PeerRefused, match="does not own"):
+                await world.owner.reduce(
+                    {**good, "part": nobodys, "contributors": [{"member": 1, "tokens": 100}]}, asker=world.ids[0]
+                )
         with pytest.raises(PeerRefused, match="not a member"):
             await world.owner.push(good, world.encoded(1), sender="stranger")
         with pytest.raises(BadMessage, match="wrong size"):
@@ -205,10 +213,48 @@ def test_nonsense_is_refused_and_changes_nothing(
             await world.reduce({1: 100}, asker=1)
         for raw in (None, [], [{}] * 4, [{"member": 0}], [{"member": 0, "tokens": 0}]):
             with pytest.raises(NetworkError):
-                await world.owner.reduce({"id": world.opening.id, "contributors": raw}, asker=world.ids[0])
+                await world.owner.reduce({**good, "contributors": raw}, asker=world.ids[0])
         assert not world.results and not world.sent
 
     play(story)
+
+
+def test_a_part_is_done_while_the_next_one_still_arrives(
+    make_run: Callable[..., RunConfig], layout: Layout, keys: list[Keypair]
+) -> None:
+    """Two parts of one owner, with one result each; both of their feedbacks are charged by one commit."""
+    cut = layout.num_blocks - 1
+
+    async def told() -> None:
+        world = World(make_run(bits=4, tokens_per_round=1000), layout, keys)
+        parts = [Part(start=0, end=cut, owner=0), Part(start=cut, end=layout.num_blocks, owner=0)]
+        opening = world.opening = Opening(**{**world.opening.model_dump(), "parts": parts})
+        await world.owner.expect(opening)
+        values = torch.linspace(0.5, 1.0, layout.numel)  # so that quantising loses something
+
+        async def push(number: int, index: int) -> None:
+            span = parts[index]
+            fine = layout.fine_in(span.start, span.end)
+            data = codec.encode(values[span.start * BLOCK:span.end * BLOCK], fine, 4)
+            header = {"id": opening.id, "part": index, "tokens": 100}
+            await world.owner.push(header, data, sender=world.ids[number])
+
+        for number in range(3):
+            await push(number, 0)
+        assert len(world.results) == 1, "the first part waits for nothing"
+        await asyncio.sleep(0)
+        assert {header["part"] for _, header, _ in world.sent} == {0}
+        for number in (2, 1):
+            await push(number, 1)
+        assert len(world.results) == 1
+        await push(0, 1)
+        assert [contributors for contributors, _ in world.results] == [((0, 100), (1, 100), (2, 100))] * 2
+        named = _named(world.results[0][0])
+        world.owner.settled(make_commit(world.keys[0], opening, named, [result for _, result in world.results]))
+        assert sorted(world.owner._feedback) == [(0, cut), (cut, layout.num_blocks)]
+        assert any(bool(left.any()) for left in world.owner._feedback.values())
+
+    asyncio.run(asyncio.wait_for(told(), 30))
 
 
 def test_only_so_many_openings_are_kept(play: Callable[[Story], None]) -> None:

@@ -62,9 +62,34 @@ def test_parts_tile_the_fragment(num_blocks: int, owners: list[str]) -> None:
     assert all(one[1] == two[0] for one, two in zip(parts, parts[1:], strict=False))
     sizes = [end - start for start, end, _ in parts]
     assert min(sizes) >= 1 and max(sizes) - min(sizes) <= 1
-    assert len(parts) == min(num_blocks, len(owners))
-    assert len({owner for _, _, owner in parts}) == len(parts), "one part each"
+    of_owners = [owner for _, _, owner in parts]
+    assert of_owners == sorted(of_owners) and len(set(of_owners)) == min(num_blocks, len(owners))
+    assert len({of_owners.count(owner) for owner in of_owners}) == 1, "as many parts for each"
     assert parts == plan.split(num_blocks, owners[::-1])
+
+
+def test_only_long_runs_are_cut_and_never_into_too_many_parts() -> None:
+    one = plan.MIN_PIECE_BLOCKS
+    lengths = (2, 4 * one - 1, 4 * one, 6 * one, 8 * one, 99 * one)
+    assert [len(plan.split(num_blocks, ["a", "b"])) for num_blocks in lengths] == [2, 2, 4, 6, 8, 8]
+    for count in range(1, 100):
+        parts = plan.split(10**6, [f"{number:03}" for number in range(count)])
+        assert len(parts) <= plan.MAX_PARTS and len({owner for _, _, owner in parts}) == min(count, plan.MAX_PARTS)
+
+
+@fixed
+@given(st.integers(1, 10**5), peers)
+def test_every_owner_gets_its_first_part_before_anybody_its_second(num_blocks: int, owners: list[str]) -> None:
+    of_parts = [sorted(owners).index(owner) for _, _, owner in plan.split(num_blocks, owners)]
+    waves = plan.waves(of_parts)
+    assert sorted(part for wave in waves for part in wave) == list(range(len(of_parts)))
+    for wave in waves:
+        assert sorted({of_parts[part] for part in wave}) == sorted(of_parts[part] for part in wave) == sorted(
+            set(of_parts)
+        )
+    for owner in set(of_parts):
+        order = [part for wave in waves for part in wave if of_parts[part] == owner]
+        assert order == sorted(order)
 
 
 claims = st.dictionaries(st.text("abcdef", min_size=1, max_size=5), st.integers(1, 2**40), min_size=1, max_size=20)

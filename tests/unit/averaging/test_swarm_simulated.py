@@ -8,8 +8,10 @@ from collections.abc import Callable
 
 import pytest
 
-from swarm.averaging.layout import Layout
+from swarm.averaging import plan
+from swarm.averaging.layout import Layout, layout_of
 from swarm.config import RunConfig
+from swarm.model.fragments import FragmentSpec, TensorSpec
 from swarm.network.keys import Keypair
 from tests.unit.averaging.simulation import Peer, World, play
 
@@ -21,6 +23,20 @@ def no_threads(monkeypatch: pytest.MonkeyPatch) -> None:
         return function(*arguments)
 
     monkeypatch.setattr(asyncio, "to_thread", at_once)
+
+
+@pytest.fixture(autouse=True)
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Owners have several parts, as in a large model."""
+    monkeypatch.setattr(plan, "MIN_PIECE_BLOCKS", 1)
+
+
+@pytest.fixture
+def layout() -> Layout:
+    """Eleven blocks."""
+    return layout_of(FragmentSpec(0, (0, 1), (
+        TensorSpec("bias", (10,), fine=True), TensorSpec("matrix", (64, 40), fine=False),
+    )))
 
 
 def make_world(
