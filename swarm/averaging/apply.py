@@ -19,9 +19,9 @@ import torch
 from swarm.averaging import codec, outer
 from swarm.averaging.context import Context
 from swarm.averaging.global_state import GlobalState, outranks
-from swarm.averaging.layout import Layout
+from swarm.averaging.layout import BLOCK, Layout
 from swarm.averaging.ledger import Ledger
-from swarm.averaging.messages import Commit, preferred
+from swarm.averaging.messages import Commit, Opening, Part, preferred
 from swarm.averaging.results import COMMITS_AT_ONCE, History
 from swarm.errors import BadMessage, NetworkError, PeerRefused
 from swarm.events import Round
@@ -50,6 +50,8 @@ class Applier:
         """do the owners of that opening push their results to this peer, and does it take them?"""
         self._context = context
         self._decay = layout.decay_mask()
+        self._prepared: dict[int, tuple[str, asyncio.Task[torch.Tensor]]] = {}
+        """part -> (hash of its newest result, its values)"""
         self._lock = asyncio.Lock()
 
     async def consider(self, commit: Commit, *, began_at: float | None = None, source: str = "") -> bool:
@@ -95,6 +97,15 @@ class Applier:
         self._emit_round(commit, clock() - began)
         return True
 
+    def prepare(self, opening: Opening, index: int, data: bytes, result_hash: str) -> None:
+        """A result has come: decode it while the others are still on their way, and there is nothing else to do. What
+        no commit names is dropped with the next one."""
+        known = self._prepared.get(index)
+        if known is None or known[0] != result_hash:
+            decoding = self._context.spawn(self._decode(opening.parts[index], data))
+            decoding.add_done_callback(lambda task: task.cancelled() or task.exception())  # nobody may ever ask
+            self._prepared[index] = result_hash, decoding
+
     async def _gather(self, commit: Commit, source: str) -> torch.Tensor:
         """The average of all parts, fp32 [numel], from the bytes that the owners have signed for."""
         opening = commit.opening
@@ -104,18 +115,26 @@ class Applier:
                 self._await_pushed(result.hash, opening.owner(part), opening.push_s)
                 for part, result in zip(opening.parts, commit.results, strict=True)
             ))
-        bodies = await asyncio.gather(*(
-            self._fetch(result.hash, [opening.owner(part), *holders], self.part_bytes(part.start, part.end))
-            for part, result in zip(opening.parts, commit.results, strict=True)
+
+        async def values(index: int, part: Part, result_hash: str) -> torch.Tensor:
+            known = self._prepared.get(index)
+            if known is not None and known[0] == result_hash:
+                return await known[1]
+            data = await self._fetch(result_hash, [opening.owner(part), *holders], self.part_bytes(part))
+            return await self._decode(part, data)
+
+        decoded = await asyncio.gather(*(
+            values(index, part, result.hash)
+            for index, (part, result) in enumerate(zip(opening.parts, commit.results, strict=True))
         ))
+        self._prepared.clear()
+        return await self._context.compute(lambda: torch.cat(decoded), num_values=self.layout.numel)
 
-        def decode() -> torch.Tensor:
-            return torch.cat([
-                codec.decode(data, part.end - part.start, self.layout.fine_in(part.start, part.end), self._bits)
-                for part, data in zip(opening.parts, bodies, strict=True)
-            ])
-
-        return await self._context.compute(decode, num_values=self.layout.numel)
+    async def _decode(self, part: Part, data: bytes) -> torch.Tensor:
+        num_blocks, fine = part.end - part.start, self.layout.fine_in(part.start, part.end)
+        return await self._context.compute(
+            lambda: codec.decode(data, num_blocks, fine, self._bits), num_values=num_blocks * BLOCK
+        )
 
     async def _await_pushed(self, result_hash: str, owner: str, limit_s: float) -> None:
         """Owners push their results to all members of a round: do not fetch what is on its way already."""
@@ -149,9 +168,9 @@ class Applier:
         self._context.results.put(data)  # from here others can fetch it too
         return data
 
-    def part_bytes(self, start: int, end: int) -> int:
-        fine = self.layout.fine_in(start, end)
-        return codec.encoded_bytes(fine, end - start - fine, self._bits)
+    def part_bytes(self, part: Part) -> int:
+        fine = self.layout.fine_in(part.start, part.end)
+        return codec.encoded_bytes(fine, part.end - part.start - fine, self._bits)
 
     @property
     def _bits(self) -> int:

@@ -378,7 +378,7 @@ class FragmentRounds:
         if type(index) is not int or not 0 <= index < len(opening.parts) or not isinstance(raw, list):
             raise BadMessage("a result of no part")
         part = opening.parts[index]
-        if opening.owner(part) != sender or len(data) != self._applier.part_bytes(part.start, part.end):
+        if opening.owner(part) != sender or len(data) != self._applier.part_bytes(part):
             raise BadMessage("a result of somebody else's part, or of a wrong size")
         if len(raw) > len(opening.members):
             raise BadMessage("a result of too many contributors")
@@ -389,6 +389,9 @@ class FragmentRounds:
         self._on_result(opening, index, contributors_of({c.member: c.tokens for c in parsed}), result)
 
     def _on_result(self, opening: Opening, part: int, contributors: Contributors, result: PartResult) -> None:
+        data = self._context.results.get(result.hash)
+        if data is not None and self._is_current(opening.id):
+            self._applier.prepare(opening, part, data, result.hash)
         if self._attempting is not None and self._attempting[0] == opening.id:
             self._results.setdefault(part, {})[contributors] = result
             self._result_came.set()
