@@ -119,14 +119,19 @@ class Peer:
 
 
 def popen(lab: Lab, host: str, argv: list[str], **streams: Any) -> subprocess.Popen[Any]:
-    """A process on a host of the lab, with this checkout's code. From the main thread only: it ends with it."""
+    """A process on a host of the lab, with this checkout's code. From the main thread only: it ends with it.
+
+    A process group of its own, but no session: Linux shares the processor out by session first (sched(7), autogroup),
+    and a peer's round would have to wait for its share while other peers do nothing but train. On machines of their own
+    they would not stand in its way; in one session the niceness of training sees to that."""
     return subprocess.Popen(
-        lab.command(host, argv), cwd=ROOT, start_new_session=True, preexec_fn=_end_with_parent,
+        lab.command(host, argv), cwd=ROOT, preexec_fn=_on_its_own,
         env={**os.environ, **lab.environment(host), "PYTHONPATH": str(ROOT)}, **streams,
     )
 
 
-def _end_with_parent() -> None:
-    """Should this program be killed, its peers finish as after Ctrl+C (Linux)."""
+def _on_its_own() -> None:
+    """Ctrl+C on the terminal is this program's alone; should it be killed, its peers finish as after Ctrl+C (Linux)."""
+    os.setpgid(0, 0)
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -34,7 +34,7 @@ from swarm.averaging.context import Context
 from swarm.averaging.layout import BLOCK, Layout
 from swarm.averaging.messages import Commit, Contributor, Opening, Part, PartResult, make_commit
 from swarm.averaging.part import Contributors, PartOwner, contributors_of
-from swarm.errors import BadMessage, NetworkError, PeerRefused
+from swarm.errors import BadMessage, NetworkError, PeerGone, PeerRefused
 from swarm.network import records
 
 ATTEMPTS = 3
@@ -43,6 +43,8 @@ REDUCTIONS = 3
 ANSWER_S = 2.0
 """an opening is answered as soon as the contribution is taken: whoever is silent for much longer than all of late, and
 for this long, is left out; what it has learnt goes into the next round"""
+RETRY_S = 0.5
+"""before a contribution is sent again whose way was cut off"""
 LOOK_S = 0.25
 """while waiting for results: whether their owners are still there"""
 BUSY = "busy"
@@ -358,16 +360,24 @@ class FragmentRounds:
 
     def _push_all(self, current: _Current, tokens: int, encoded: dict[int, bytes]) -> None:
         for index, data in encoded.items():
-            current.pushing.append(self._context.spawn(self._push(current.opening, index, tokens, data)))
+            current.pushing.append(self._context.spawn(self._push(current, index, tokens, data)))
 
-    async def _push(self, opening: Opening, index: int, tokens: int, data: bytes) -> None:
+    async def _push(self, current: _Current, index: int, tokens: int, data: bytes) -> None:
+        opening = current.opening
         owner = opening.owner(opening.parts[index])
         header = {"fragment": self._fragment, "id": opening.id, "part": index, "tokens": tokens}
-        with contextlib.suppress(NetworkError):  # the opener sees that it is missing
-            if owner == self._me:
-                await self.owner.keep(opening.id, index, owner, tokens, data)
-            else:
-                await self._tell(owner, "push", header, data, 2 * opening.push_s)
+        clock = asyncio.get_running_loop().time
+        while clock() < current.until:
+            try:
+                if owner == self._me:
+                    await self.owner.keep(opening.id, index, owner, tokens, data)
+                else:
+                    await self._tell(owner, "push", header, data, 2 * opening.push_s)
+                return
+            except PeerGone:  # a link that ends, or does not open at once, must not cost the round
+                await asyncio.sleep(RETRY_S)
+            except NetworkError:
+                return  # the opener sees that it is missing
 
     def reduced(self, header: dict[str, Any], data: bytes, *, sender: str) -> None:
         """An owner's result: kept until the commit that names it. Raises BadMessage where it is not what it should

@@ -25,12 +25,15 @@ ACK_BYTES = 64 * 1024
 MIN_WINDOW = 2 * ACK_BYTES
 FIRST_WINDOW = 4 * ACK_BYTES
 MAX_WINDOW = 64 * 1024 * 1024
-TARGET_S = 0.06
+TARGET_S = 0.1
 """of delay that our own bytes may add. Home routers buffer 100 ms and more; less would mistake a busy CPU for a
 queue"""
 RTT_MEMORY_S = 30.0
 GROWTH = 0.25
 """a round trip, once the path has been full: doubling again would add a whole round trip of delay each time"""
+RATE_MEMORY_S = 2.0
+"""the fastest of so long counts: a measured rate is too low where we had nothing to send or a machine was busy, and
+never much too high (BBR, too)"""
 OPENING = 1.25
 """times as much as before arrives in a round trip while TCP opens up, the queueing that it causes included"""
 FLAT_ROUND_TRIPS = 2
@@ -54,13 +57,14 @@ class Pacing:
     def __init__(self) -> None:
         self.window = FIRST_WINDOW
         self.bytes_per_s = 0.0
-        """that arrive at the other side, measured while we had more to send than was let go"""
+        """that arrive at the other side: the most of the last seconds"""
         self.sent = self.arrived = 0
         self.progress_at = float("-inf")
         """when something arrived last, or when bytes were sent after a pause"""
         self._marks: deque[_Mark] = deque()
         self._arrived_at = float("-inf")
         self._rtts: deque[tuple[float, float]] = deque()
+        self._rates: deque[tuple[float, float]] = deque()
         self._limited = self._was_full = False
         self._round_trip_ends = self._flat = 0
         self._best = self._reference = 0.0
@@ -92,18 +96,19 @@ class Pacing:
         if mark is None:
             return
         elapsed_s = now - mark.arrived_at
-        rate = (total - mark.arrived) / elapsed_s if elapsed_s > 0 else 0.0
-        if self._limited and rate:
-            self.bytes_per_s = rate
-        self._follow(rate)
+        if elapsed_s > 0:
+            rate = (total - mark.arrived) / elapsed_s
+            self.bytes_per_s = -_smallest(self._rates, -rate, now, memory_s=RATE_MEMORY_S)
+            self._follow(rate)
         rtt_s = now - mark.at
-        floor_s = self._smallest(rtt_s, now)
+        floor_s = _smallest(self._rtts, rtt_s, now, memory_s=RTT_MEMORY_S)
         if rtt_s > floor_s + TARGET_S:
             if self._flat >= FLAT_ROUND_TRIPS:
                 self._was_full = True
                 self._resize(int(self.bytes_per_s * (floor_s + TARGET_S / 2)))
         elif self._limited:
-            self._resize(self.window + int(newly * (GROWTH if self._was_full else 1)))
+            filled = self._was_full and self.window >= self.bytes_per_s * floor_s
+            self._resize(self.window + int(newly * (GROWTH if filled else 1)))
         self._limited = False
 
     def _newest_mark(self, total: int) -> _Mark | None:
@@ -124,13 +129,15 @@ class Pacing:
             self._flat += 1
         self._best, self._round_trip_ends = 0.0, self.sent
 
-    def _smallest(self, rtt_s: float, now: float) -> float:
-        while self._rtts and self._rtts[-1][0] >= rtt_s:
-            self._rtts.pop()
-        self._rtts.append((rtt_s, now))
-        while now - self._rtts[0][1] > RTT_MEMORY_S:
-            self._rtts.popleft()
-        return self._rtts[0][0]
-
     def _resize(self, window: int) -> None:
         self.window = min(max(window, MIN_WINDOW), MAX_WINDOW)
+
+
+def _smallest(known: deque[tuple[float, float]], value: float, now: float, *, memory_s: float) -> float:
+    """Add a value to those of the last `memory_s`, of which only possible minima are kept; returns the smallest."""
+    while known and known[-1][0] >= value:
+        known.pop()
+    known.append((value, now))
+    while now - known[0][1] > memory_s:
+        known.popleft()
+    return known[0][0]

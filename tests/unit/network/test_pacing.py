@@ -1,6 +1,7 @@
 """Pacing on simulated paths: a rate, a latency, a queue of any length, and what our own bytes add to it."""
 
 import random
+from collections import deque
 
 import pytest
 
@@ -9,7 +10,30 @@ from swarm.network.pacing import ACK_BYTES, MAX_WINDOW, MIN_WINDOW, TARGET_S, Pa
 FRAME = 64 * 1024
 
 
-def transfer(pacing, total, *, bytes_per_s, rtt_s, jitter_s=0.0, start=0.0, seed=0):
+class Tcp:
+    """Slow start after a pause: ten segments a round trip, twice as many in each one after it, without losses."""
+
+    def __init__(self, segment=1448):
+        self.segment, self.cwnd, self.under_way = segment, 10 * segment, 0
+        self.acks = deque()
+
+    def leaves(self, size, *, now, free_at, bytes_per_s, rtt_s):
+        """When the last of so many bytes has left the bottleneck."""
+        for begin in range(0, size, self.segment):
+            part = min(self.segment, size - begin)
+            at = now
+            while self.acks and (self.acks[0][0] <= at or self.under_way + part > self.cwnd):
+                acked_at, acked = self.acks.popleft()
+                at = max(at, acked_at)
+                self.under_way -= acked
+                self.cwnd += acked
+            free_at = max(free_at, at) + part / bytes_per_s
+            self.under_way += part
+            self.acks.append((free_at + rtt_s, part))
+        return free_at
+
+
+def transfer(pacing, total, *, bytes_per_s, rtt_s, jitter_s=0.0, start=0.0, seed=0, tcp=None):
     """Send `total` bytes through a bottleneck with an endless queue; returns (seconds, largest delay in the queue)."""
     dice = random.Random(seed)
     now, free_at, sent, largest, came = start, start, 0, 0.0, 0
@@ -21,7 +45,10 @@ def transfer(pacing, total, *, bytes_per_s, rtt_s, jitter_s=0.0, start=0.0, seed
             size = min(FRAME, total - sent)
             pacing.on_sent(size, now=now)
             sent += size
-            free_at = max(free_at, now) + size / bytes_per_s
+            if tcp is None:
+                free_at = max(free_at, now) + size / bytes_per_s
+            else:
+                free_at = tcp.leaves(size, now=now, free_at=free_at, bytes_per_s=bytes_per_s, rtt_s=rtt_s)
             largest = max(largest, free_at - now - size / bytes_per_s)
             unacknowledged += size
             if unacknowledged >= ACK_BYTES or sent == total:
@@ -50,7 +77,7 @@ def test_without_it_the_queue_would_be_the_whole_body():
     """What it is for: 40 MB at once on 10 Mbit/s is half a minute in which no heartbeat gets through."""
     pacing = Pacing()
     _, queue_s = transfer(pacing, 40_000_000, bytes_per_s=1.25e6, rtt_s=0.12)
-    assert 40_000_000 / 1.25e6 > 30 and queue_s < 0.25
+    assert 40_000_000 / 1.25e6 > 30 and queue_s < 0.35
 
 
 def test_it_starts_as_quickly_as_tcp_does():
@@ -58,6 +85,27 @@ def test_it_starts_as_quickly_as_tcp_does():
     pacing = Pacing()
     seconds, _ = transfer(pacing, 60_000_000, bytes_per_s=125e6, rtt_s=0.08)
     assert seconds < 60 / 125 + 8 * 0.08
+
+
+@pytest.mark.parametrize("mbit", [20, 100, 400])
+def test_tcps_own_opening_is_not_taken_for_a_full_path(mbit):
+    """Each transfer comes after a pause, as rounds do. It must take little longer than TCP takes by itself."""
+    rate, rtt_s, size, pacing = mbit * 1e6 / 8, 0.08, 5_000_000, Pacing()
+    by_itself_s = Tcp().leaves(size, now=0.0, free_at=0.0, bytes_per_s=rate, rtt_s=rtt_s) + rtt_s
+    assert by_itself_s > size / rate + 3 * rtt_s or mbit == 20, "there is something to be mistaken about"
+    for number in range(5):
+        seconds, _ = transfer(pacing, size, bytes_per_s=rate, rtt_s=rtt_s, start=100.0 * number, tcp=Tcp())
+        assert seconds < 1.2 * by_itself_s + 2 * rtt_s
+
+
+def test_one_slow_sample_does_not_halve_the_window():
+    """A burst after a moment without anything to send waits for itself, and says nothing about the path."""
+    pacing = Pacing()
+    end, _ = transfer(pacing, 20_000_000, bytes_per_s=12.5e6, rtt_s=0.08)
+    wide = pacing.window
+    for number in range(10):
+        transfer(pacing, 1_000_000, bytes_per_s=12.5e6, rtt_s=0.08, start=end + 0.3 * (number + 1))
+    assert pacing.window > 0.7 * wide
 
 
 def test_a_path_that_gets_slower_is_followed():
