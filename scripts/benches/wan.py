@@ -2,8 +2,8 @@
 
     E = tokens in committed rounds per second / what the same peers train per second with networking off
 
-"alone" is one process a peer, all at once on the same cores and in the same lab, before and after each swarm: the two
-are averaged, because machines drift. Commits come in lumps, so the rate of a window goes from its first commit to its
+"alone" is one process a peer, all at once on the same cores and in the same lab, before and after each round of the
+systems: the two are averaged, because machines drift. Commits come in lumps, so the rate of a window goes from its first commit to its
 last one, as the most advanced peer knows them. The lab's own CPU is charged to E, though a real WAN costs nothing.
 """
 
@@ -87,26 +87,25 @@ class Wan:
     def rows(self, systems: list[System]) -> list[dict[str, Any]]:
         good: dict[str, list[dict[str, float]]] = {system.name: [] for system in systems}
         bad: dict[str, list[str]] = {system.name: [] for system in systems}
-        alone_before: float | None = None
+        before = self.alone()
         for _ in range(self.options.repeats):
+            windows: dict[str, dict[str, float]] = {}
             for system in systems:
-                alone_before = alone_before or self.alone()
                 try:
-                    figures = self.window(system)
+                    windows[system.name] = self.window(system)
                 except DidNotFinish as error:
                     bad[system.name].append(error.said)
                     self.say(f"{system.name}: {error.said}")
-                    alone_before = None  # it may have taken minutes: what was before is too long ago
-                    continue
-                alone_after = self.alone()
-                figures["alone_tokens_per_s"] = (alone_before + alone_after) / 2
+            after = self.alone()
+            for name, figures in windows.items():
+                figures["alone_tokens_per_s"] = (before + after) / 2
                 figures["efficiency"] = figures["tokens_per_s"] / figures["alone_tokens_per_s"]
-                alone_before = alone_after
-                good[system.name].append(figures)
+                good[name].append(figures)
                 self.say(
-                    f"{system.name}: E {figures['efficiency']:.3f}, {figures['tokens_per_s']:,.0f} tokens/s committed,"
+                    f"{name}: E {figures['efficiency']:.3f}, {figures['tokens_per_s']:,.0f} tokens/s committed,"
                     f" {figures['alone_tokens_per_s']:,.0f} alone"
                 )
+            before = after
         rows = []
         for system in systems:
             row = {
