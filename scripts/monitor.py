@@ -59,7 +59,7 @@ def show(observer: Observer, options: argparse.Namespace) -> dict[str, Any]:
 
 def summary(run_id: str, seen: Sequence[Seen], *, num_fragments: int) -> dict[str, Any]:
     """What --json prints. Its keys are a contract; `tokens` are those in committed rounds."""
-    from swarm.observer import ranked
+    from swarm.averaging.attestation import ranked
 
     alive = [peer for peer in seen if peer.alive]
     fragments, tokens = [], []

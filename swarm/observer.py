@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from swarm.averaging.attestation import ASK_S, ATTEST_S, ranked, who_knows
 from swarm.averaging.download import Wanted, download
 from swarm.averaging.global_state import GlobalState
 from swarm.config import RunConfig
@@ -28,9 +29,6 @@ from swarm.network.records import Head, Status
 
 FORGET_S = 60.0
 """a peer that is silent for longer is shown no more"""
-ATTEST_S = 10.0
-ASK_S = 5.0
-MAX_ASKED = 8
 TRIES = 8
 
 
@@ -174,7 +172,7 @@ class Observer:
     async def _choose(self, fragment: int) -> tuple[Head, list[str]]:
         """The head with most tokens that two peers attest (one, where there is no other), and who can give it.
 
-        The rule is that of `averaging/synchronise.py`; an observer has no weights of its own to compare with.
+        The rule is that of averaging/attestation.py; an observer has no weights of its own to compare with.
         """
         loop, directory = asyncio.get_running_loop(), self._network.directory
         deadline = loop.time() + ATTEST_S
@@ -183,11 +181,10 @@ class Observer:
             holders = {key: s for key, s in directory.alive().items() if len(s.heads) > fragment}
             heads = {peer_id: status.heads[fragment] for peer_id, status in holders.items()}
             late = loop.time() >= deadline
-            for head in ranked(list(heads.values())):
+            for head in ranked(heads.values()):
                 knowing = [peer_id for peer_id, other in heads.items() if other == head]
-                others = [peer_id for peer_id in heads if peer_id not in knowing][:MAX_ASKED]
-                answers = await asyncio.gather(*(self._knows(peer_id, fragment, head) for peer_id in others))
-                knowing += [peer_id for peer_id, known in zip(others, answers, strict=True) if known]
+                others = [peer_id for peer_id in heads if peer_id not in knowing]
+                knowing += await who_knows(self._network.endpoint, directory, others, fragment=fragment, head=head)
                 if len(knowing) >= 2 or late or len(heads) == 1:
                     if len(knowing) == 1:
                         why = "there is no other to ask" if len(heads) == 1 else "no other knows it"
@@ -199,18 +196,3 @@ class Observer:
                     do="look at the swarm with scripts/monitor.py, or export from a home folder with --home",
                 )
             await asyncio.sleep(0.3)
-
-    async def _knows(self, peer_id: str, fragment: int, head: Head) -> bool:
-        try:
-            answer, _ = await self._network.endpoint.call(
-                peer_id, "knows", {"fragment": fragment, "version": head.version, "digest": head.digest},
-                deadline_s=ASK_S, maddrs=self._network.directory.maddrs(peer_id),
-            )
-        except NetworkError:
-            return False
-        return answer.get("known") is True
-
-
-def ranked(heads: list[Head]) -> list[Head]:
-    """Different heads of one fragment, the one that wins first: most tokens, then the lower hash, as everywhere."""
-    return sorted(set(heads), key=lambda head: (-head.tokens, head.digest))

@@ -3,8 +3,9 @@
     E = tokens in committed rounds per second / what the same peers train per second with networking off
 
 "alone" is one process a peer, all at once on the same cores and in the same lab, before and after each round of the
-systems: the two are averaged, because machines drift. Commits come in lumps, so the rate of a window goes from its first commit to its
-last one, as the most advanced peer knows them. The lab's own CPU is charged to E, though a real WAN costs nothing.
+systems: the two are averaged, because machines drift. Commits come in lumps, so the rate of a window goes from its
+first commit to its last one, as the most advanced peer knows them. The lab's own CPU is charged to E, though a real WAN
+costs nothing.
 """
 
 from __future__ import annotations

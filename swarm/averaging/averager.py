@@ -1,72 +1,37 @@
-"""All fragments of one peer: decides when to open a round, answers the other peers, follows whoever is ahead.
+"""All fragments of one peer: decides when to open a round, and ties the parts of averaging together.
 
 One instance a peer, on the network's event loop, beside the training thread. It is the only thing that the training
-loop knows of averaging: `trained()` after each inner step, `pending()`, `heads()`, `finish()`.
+loop knows of averaging: `trained()` after each inner step, `pending()`, `heads()`, `settle()`.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import statistics
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 
 from swarm.averaging import plan
-from swarm.averaging.apply import Applier
+from swarm.averaging.answers import Answers
 from swarm.averaging.context import Context
-from swarm.averaging.download import Donor
-from swarm.averaging.global_state import GlobalState, outranks
+from swarm.averaging.follow import Follower
+from swarm.averaging.global_state import GlobalState
+from swarm.averaging.held import HeldFragment
 from swarm.averaging.layout import Layout
-from swarm.averaging.ledger import Drift, Gradients, Ledger
-from swarm.averaging.messages import MAX_MEMBERS, Commit, Opening
-from swarm.averaging.progress import Progress
-from swarm.averaging.round import FragmentRounds
+from swarm.averaging.ledger import Gradients
+from swarm.averaging.messages import MAX_MEMBERS, Commit
 from swarm.averaging.synchronise import Synchroniser
-from swarm.errors import BadMessage, NetworkError, PeerRefused, StateError
-from swarm.network import records
-from swarm.network.link import Answer, Link
+from swarm.errors import NetworkError, StateError
 from swarm.network.records import Head, Status
 
 TICK_S = 0.2
 MIN_PATIENCE_S = 3.0
-CATCH_UP_S = 5.0
-"""an invited peer that is behind may take this long to come level; the round waits for it no longer"""
-DISTRUST_S = 5.0
-"""a peer that claims another version, but gives nothing that leads there, is not invited for this long"""
 RETRY_S = 0.5
 """between two openings that came to nothing"""
-FOLLOW_AFTER_S = 0.5
-"""a commit usually arrives by itself within this time"""
 
 log = logging.getLogger(__name__)
-
-
-class _Fragment:
-    """One fragment's parts: books, rounds, what others have trained."""
-
-    def __init__(self, context: Context, index: int, layout: Layout, state: GlobalState,
-                 parameters: Mapping[str, torch.nn.Parameter]) -> None:
-        sync = context.run.averaging.mode == "sync"
-        self.work = Gradients(layout, parameters) if sync else Drift(layout, parameters)
-        self.ledger = Ledger(state, self.work)
-        self.applier = Applier(context, fragment=index, layout=layout, ledger=self.ledger)
-        self.rounds = FragmentRounds(context, self.applier)
-        self.progress = Progress()
-        self.donor = Donor(self.served_states, asyncio.get_running_loop().time)
-        self.opened_at = asyncio.get_running_loop().time()
-        self.due_since: float | None = None
-        self.recent_s: list[float] = []
-        self.retry_at = 0.0
-        self.distrusted_until: dict[str, float] = {}
-        self.following = self.opening = self.downloading = False
-
-    def served_states(self) -> list[GlobalState]:
-        previous = self.ledger.previous
-        return [self.ledger.state, *([previous] if previous else [])]
 
 
 class Averager:
@@ -77,12 +42,11 @@ class Averager:
         self.context = context
         self._sync_mode = context.run.averaging.mode == "sync"
         self._fragments = [
-            _Fragment(context, index, layout, state, parameters)
+            HeldFragment(context, index, layout, state, parameters)
             for index, (layout, state) in enumerate(zip(layouts, states, strict=True))
         ]
         self._parameters = parameters
         self._tick_task: asyncio.Task[None] | None = None
-        self._introducing: asyncio.Task[None] | None = None
         self.tokens_per_s = 0.0
         self.leaving = False
         self.serving = False
@@ -91,7 +55,8 @@ class Averager:
         self.synchroniser = Synchroniser(context, [f.applier for f in self._fragments])
         for fragment in self._fragments:
             fragment.applier.on_applied += [fragment.rounds.settled, self._on_applied]
-        self._register()
+        self._follower = Follower(context, self.synchroniser)
+        Answers(context, self._fragments, lambda: self.serving).register()
 
     def start(self) -> None:
         """Begin to open rounds and to take part in others'."""
@@ -203,7 +168,8 @@ class Averager:
 
     def _maybe_open(self, index: int, everybody: Mapping[str, Status], now: float) -> None:
         fragment = self._fragments[index]
-        if fragment.opening or fragment.downloading or fragment.rounds.in_round() or self.context.directory.unsure():
+        busy = fragment.opening or fragment.downloading or fragment.rounds.member.in_round()
+        if busy or self.context.directory.unsure():
             return
         holders, others = self._holders(index, everybody)
         if not self._is_due(index, holders, now):
@@ -238,12 +204,12 @@ class Averager:
         someone_leaves = (self.leaving and mine > 0) or fragment.progress.leaving(holders)
         return total >= target or overdue or someone_leaves
 
-    async def _open(self, fragment: _Fragment, members: list[str], owners: list[str]) -> None:
+    async def _open(self, fragment: HeldFragment, members: list[str], owners: list[str]) -> None:
         began = asyncio.get_running_loop().time()
         commit = None
         try:
             invited = members[:MAX_MEMBERS - 1]
-            commit = await fragment.rounds.open(invited, [p for p in owners if p == self._me or p in invited])
+            commit = await fragment.rounds.opener.open(invited, [p for p in owners if p == self._me or p in invited])
         except (NetworkError, StateError) as error:
             log.warning("round of fragment %d: %s", fragment.applier.fragment, error)
         finally:
@@ -253,19 +219,9 @@ class Averager:
                 fragment.retry_at = now + RETRY_S
             else:
                 fragment.recent_s = [*fragment.recent_s[-15:], now - began]
-        elsewhere, fragment.rounds.elsewhere = fragment.rounds.elsewhere, []
+        elsewhere, fragment.rounds.opener.elsewhere = fragment.rounds.opener.elsewhere, []
         for peer_id in elsewhere:
-            await self._see_what_it_has(fragment, peer_id)
-
-    async def _see_what_it_has(self, fragment: _Fragment, peer_id: str) -> None:
-        """A peer said that it is at another version than the round's base: follow it, or do without it for a while."""
-        state = fragment.ledger.state
-        try:
-            moved = await fragment.applier.catch_up(peer_id) or await self._jump(fragment, peer_id)
-        except (NetworkError, StateError):
-            moved = False
-        if not moved and fragment.ledger.state is state:
-            fragment.distrusted_until[peer_id] = asyncio.get_running_loop().time() + DISTRUST_S
+            await self._follower.see_what_it_has(fragment, peer_id)
 
     def _on_applied(self, commit: Commit) -> None:
         fragment, now = self._fragments[commit.opening.fragment], asyncio.get_running_loop().time()
@@ -277,8 +233,6 @@ class Averager:
         async with self.settled:
             self.settled.notify_all()
 
-    # -- following the others ---------------------------------------------------------------------------------------
-
     def _on_status(self, peer_id: str, status: Status) -> None:
         if len(status.heads) != len(self._fragments) or len(status.pending) != len(self._fragments):
             return
@@ -288,132 +242,4 @@ class Averager:
                 peer_id, version=head.version, digest=head.digest, pending=pending,
                 tokens_per_s=0.0 if self._sync_mode else status.tokens_per_s, leaving=status.leaving, now=now,
             )
-            if self._is_ahead(fragment, head) and not fragment.following:
-                fragment.following = True
-                self.context.spawn(self._follow(fragment, peer_id, head))
-
-    def _is_ahead(self, fragment: _Fragment, head: Head) -> bool:
-        state = fragment.ledger.state
-        return head.digest != state.digest and head.tokens >= state.tokens
-
-    async def _follow(self, fragment: _Fragment, peer_id: str, head: Head) -> None:
-        try:
-            await asyncio.sleep(FOLLOW_AFTER_S)
-            if not self._is_ahead(fragment, head):
-                return
-            if not await fragment.applier.catch_up(peer_id):
-                await self._jump(fragment, peer_id)
-        except (NetworkError, StateError) as error:
-            log.info("cannot follow %s yet: %s", peer_id[-6:], error)
-        finally:
-            fragment.following = False
-
-    async def _jump(self, fragment: _Fragment, peer_id: str) -> bool:
-        """Download, where a peer's history does not lead on from ours and outranks it. Meanwhile this peer opens
-        no rounds: they would only prolong a history that is about to end."""
-        index, before = fragment.applier.fragment, fragment.ledger.state
-        status = self.context.directory.alive().get(peer_id)
-        if status is None or len(status.heads) <= index:
-            return False
-        if not outranks(status.heads[index].tokens, status.heads[index].digest, before):
-            return False
-        if not fragment.downloading:
-            fragment.downloading = True
-            try:
-                await self.synchroniser.download(index)
-            finally:
-                fragment.downloading = False
-        return fragment.ledger.state is not before
-
-    # -- what others may ask ----------------------------------------------------------------------------------------
-
-    def _register(self) -> None:
-        endpoint = self.context.endpoint
-        largest = max(4 * fragment.applier.layout.numel + 1024 for fragment in self._fragments)
-        endpoint.on("open", self._on_open)
-        endpoint.on("push", self._on_push, max_body=largest)
-        endpoint.on("reduce", self._on_reduce)
-        endpoint.on("reduced", self._on_reduced, max_body=largest)
-        endpoint.on("abort", self._on_abort)
-        endpoint.on("commit", self._on_commit)
-        endpoint.on("commits", self._on_commits)
-        endpoint.on("result", self._on_result)
-        endpoint.on("state", self._on_state)
-        endpoint.on("chunk", self._on_chunk)
-        endpoint.on("knows", self._on_knows)
-
-    def _fragment(self, header: dict[str, Any]) -> _Fragment:
-        index = header.get("fragment")
-        if not isinstance(index, int) or not 0 <= index < len(self._fragments):
-            raise BadMessage("there is no such fragment")
-        if not self.serving:
-            raise PeerRefused("this peer is still joining")
-        return self._fragments[index]
-
-    async def _on_open(self, link: Link, header: dict[str, Any], body: bytes) -> Answer:
-        opening = records.parse(Opening, header)
-        fragment = self._fragment(header)
-        opening.check(fragment.applier.layout.num_blocks)
-        if opening.opener != link.peer_id or self._me not in opening.members:
-            raise BadMessage("an opening by somebody else, or for somebody else")
-        if fragment.ledger.state.version < opening.version - 1:
-            with contextlib.suppress(asyncio.TimeoutError, NetworkError):
-                await asyncio.wait_for(fragment.applier.catch_up(link.peer_id), min(CATCH_UP_S, opening.push_s / 2))
-        state = fragment.ledger.state
-        if state.version >= opening.version or (state.version == opening.version - 1 and state.digest != opening.base):
-            return {"elsewhere": True}, b""
-        reason = fragment.rounds.refuse_reason(opening)
-        if reason is not None:
-            raise PeerRefused(reason)
-        if self._introducing is None or self._introducing.done():  # one at a time, or openings could flood the DHT
-            self._introducing = self.context.spawn(self.context.directory.introduce(opening.members))
-        return await fragment.rounds.take_part(opening), b""
-
-    async def _on_push(self, link: Link, header: dict[str, Any], body: bytes) -> Answer:
-        await self._fragment(header).rounds.owner.push(header, body, sender=link.peer_id)
-        return {}, b""
-
-    async def _on_reduce(self, link: Link, header: dict[str, Any], body: bytes) -> Answer:
-        return await self._fragment(header).rounds.owner.reduce(header, asker=link.peer_id), b""
-
-    async def _on_reduced(self, link: Link, header: dict[str, Any], body: bytes) -> Answer:
-        self._fragment(header).rounds.reduced(header, body, sender=link.peer_id)
-        return {}, b""
-
-    async def _on_abort(self, link: Link, header: dict[str, Any], body: bytes) -> Answer:
-        self._fragment(header).rounds.abort(header.get("id"), by=link.peer_id)
-        return {}, b""
-
-    async def _on_commit(self, link: Link, header: dict[str, Any], body: bytes) -> Answer:
-        commit = records.parse(Commit, header.get("commit"))
-        fragment = self._fragment({"fragment": commit.opening.fragment})
-        if commit.opening.version - fragment.ledger.state.version in (0, 1):  # others are not worth their signatures
-            self.context.spawn(self._consider(fragment, commit, link.peer_id))
-        return {}, b""
-
-    async def _consider(self, fragment: _Fragment, commit: Commit, source: str) -> None:
-        with contextlib.suppress(NetworkError):  # the next status brings it up again
-            await fragment.applier.consider(commit, source=source)
-
-    async def _on_commits(self, link: Link, header: dict[str, Any], body: bytes) -> Answer:
-        return {}, self._fragment(header).applier.serve_commits(header)
-
-    async def _on_result(self, link: Link, header: dict[str, Any], body: bytes) -> Answer:
-        data = self.context.results.get(str(header.get("hash")))
-        if data is None:
-            raise PeerRefused("this peer does not have those bytes")
-        return {}, data
-
-    async def _on_state(self, link: Link, header: dict[str, Any], body: bytes) -> Answer:
-        return self._fragment(header).donor.manifest(header.get("digest"))
-
-    async def _on_chunk(self, link: Link, header: dict[str, Any], body: bytes) -> Answer:
-        return {}, self._fragment(header).donor.chunk(header.get("digest"), header.get("index"))
-
-    async def _on_knows(self, link: Link, header: dict[str, Any], body: bytes) -> Answer:
-        version, digest = header.get("version"), header.get("digest")
-        if not isinstance(version, int) or not isinstance(digest, str):
-            raise BadMessage("a head without version and digest")
-        return {"known": self._fragment(header).applier.history.knows(version, digest)}, b""
-
-
+            self._follower.heard(fragment, peer_id, head)

@@ -45,6 +45,17 @@ class Context:
         task.add_done_callback(self.tasks.discard)
         return task
 
+    async def ask(self, peer_id: str, method: str, header: dict[str, Any], *, deadline_s: float) -> dict[str, Any]:
+        """The header of its answer. Raises PeerGone or PeerRefused."""
+        maddrs = self.directory.maddrs(peer_id)
+        answer, _ = await self.endpoint.call(peer_id, method, header, deadline_s=deadline_s, maddrs=maddrs)
+        return answer
+
+    async def tell(self, peer_id: str, method: str, header: dict[str, Any], body: bytes, deadline_s: float) -> None:
+        """Without an answer; returns once the body is on its way. Raises PeerGone."""
+        maddrs = self.directory.maddrs(peer_id)
+        await self.endpoint.notify(peer_id, method, header, body, deadline_s=deadline_s, maddrs=maddrs)
+
     async def compute(self, function: Callable[[], T], *, num_values: int) -> T:
         """Arithmetic on `num_values` values, beside the event loop where it would hold it up."""
         return function() if num_values < INLINE_VALUES else await asyncio.to_thread(function)

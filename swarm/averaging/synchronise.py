@@ -1,7 +1,6 @@
 """Taking over the swarm's state: which head to believe, and downloading it.
 
-A head counts only when two peers attest it (all there are, if fewer). After a restart of a whole swarm the newest head
-may be known to one peer alone; it is then taken after a while, and said. The head with most tokens wins.
+Which one that is: attestation.py. The donor of the most tokens is asked for its newest head, since statuses are old.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ import logging
 from collections.abc import Callable
 
 from swarm.averaging.apply import Applier
+from swarm.averaging.attestation import ATTEST_S, who_knows
 from swarm.averaging.context import Context
 from swarm.averaging.download import Wanted, download, newest_head
 from swarm.averaging.global_state import outranks
@@ -21,9 +21,6 @@ from swarm.errors import NetworkError, StateError
 from swarm.events import Warning
 from swarm.network.records import Head
 
-ATTEST_S = 10.0
-ASK_S = 5.0
-MAX_ASKED = 8
 TRIES = 5
 AGAIN_S = 0.3
 
@@ -100,11 +97,11 @@ class Synchroniser:
                     raise StateError(f"fragment {index}: nobody gives its newest version", why=str(error)) from None
                 await asyncio.sleep(AGAIN_S)
                 continue
-            others = [peer_id for peer_id in heads if peer_id != source][:MAX_ASKED]
+            others = [peer_id for peer_id in heads if peer_id != source]
             knowing = [source]
             for _ in range(2):  # the others may be just about to apply it
-                answers = await asyncio.gather(*(self._knows(peer_id, index, head) for peer_id in others))
-                knowing = [source, *(p for p, known in zip(others, answers, strict=True) if known)]
+                endpoint, directory = self._context.endpoint, self._context.directory
+                knowing = [source, *await who_knows(endpoint, directory, others, fragment=index, head=head)]
                 if len(knowing) >= min(2, len(heads)):
                     self.attested_by_one = self.attested_by_one or len(knowing) == 1
                     return head, knowing
@@ -121,16 +118,6 @@ class Synchroniser:
             self._context.endpoint, index, source, numel=applier.layout.numel,
             num_buffers=len(applier.ledger.state.buffers), maddrs=self._context.directory.maddrs,
         )
-
-    async def _knows(self, peer_id: str, index: int, head: Head) -> bool:
-        try:
-            answer, _ = await self._context.endpoint.call(
-                peer_id, "knows", {"fragment": index, "version": head.version, "digest": head.digest},
-                deadline_s=ASK_S, maddrs=self._context.directory.maddrs(peer_id),
-            )
-        except NetworkError:
-            return False
-        return answer.get("known") is True
 
     async def _fates(self, index: int, donors: list[str], *, at: int) -> tuple[list[str], list[str]]:
         """Of own openings: (those of unknown fate that are in the downloaded history, those that were in ours and are

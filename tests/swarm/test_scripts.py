@@ -11,9 +11,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from swarm.averaging.attestation import ranked
 from swarm.host.home import Home
 from swarm.network.records import Head, Status
-from swarm.observer import Observer, Seen, ranked
+from swarm.observer import Observer, Seen
 from tests.swarm.support import peers_in_process, wait_until, write_run
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))  # as it is for a script that runs

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -152,6 +153,66 @@ def test_a_peer_remembers_what_it_said(tmp_path: Path) -> None:
     assert (peer.last("progress", "tokens"), peer.last("left", "reason", "no")) == (20, "no")
     assert peer.points("swarm_tokens") == [(2.0, 5), (3.0, 15)]
     assert peer.how_it_ended() == "code -9; one / two"
+
+
+def test_a_process_in_the_lab_has_a_group_of_its_own_in_our_session() -> None:
+    """Its group, so that Ctrl+C does not reach it; our session, or niceness would not count between peers."""
+    class Here:
+        def command(self, host: str, argv: list[str]) -> list[str]:
+            return argv
+
+        def environment(self, host: str) -> dict[str, str]:
+            return {"SWARM_HOST": host}
+
+    code = "import os; print(os.getsid(0), os.getpgrp(), os.getpid(), os.environ['SWARM_HOST'])"
+    started = labpeer.popen(
+        Here(), "a", [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True,  # type: ignore[arg-type]
+    )
+    session, group, pid, host = started.communicate(timeout=60)[0].split()
+    assert int(session) == os.getsid(0) and group == pid != str(os.getpid()) and host == "a"
+
+
+class Alone:
+    """Stands in for the whole lab: what each system and the peers alone reach, in tokens a second."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, rates: dict[str, list[float | str]]) -> None:
+        self.order: list[str] = []
+        self.rates = rates
+        monkeypatch.setattr(wan.Wan, "alone", lambda bench: self.next("alone"))
+        monkeypatch.setattr(wan.Wan, "window", lambda bench, system: {"tokens_per_s": self.next(system.name)})
+
+    def next(self, name: str) -> float:
+        self.order.append(name)
+        rate = self.rates[name].pop(0)
+        if isinstance(rate, str):
+            raise labpeer.DidNotFinish(rate)
+        return rate
+
+    def rows(self, names: list[str], repeats: int, folder: Path) -> list[dict[str, Any]]:
+        asked = argparse.Namespace(repeats=repeats, tokens=None)
+        bench = wan.Wan(None, None, folder, num_peers=4, options=asked)  # type: ignore[arg-type]
+        return bench.rows([options.SYSTEMS[name] for name in names])
+
+
+def test_efficiency_is_over_what_the_peers_did_alone_before_and_after(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The machine gets slower while it is measured: half of that is in each neighbour."""
+    lab = Alone(monkeypatch, {"alone": [100.0, 80.0, 60.0], "swarm": [81.0, 63.0], "hivemind": [45.0, 35.0]})
+    ours, theirs = lab.rows(["swarm", "hivemind"], 2, tmp_path)
+    assert lab.order == ["alone", "swarm", "hivemind", "alone", "swarm", "hivemind", "alone"]
+    assert ours["efficiency"]["values"] == pytest.approx([0.9, 0.9])
+    assert theirs["efficiency"]["values"] == pytest.approx([0.5, 0.5])
+    assert not ours["failures"] and not theirs["failures"]
+
+
+def test_who_does_not_finish_is_in_the_table_and_stops_nobody(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    lab = Alone(monkeypatch, {"alone": [100.0, 100.0, 100.0], "swarm": [90.0, 90.0], "torchft": ["it died", 30.0]})
+    theirs, ours = lab.rows(["torchft", "swarm"], 2, tmp_path)
+    assert ours["efficiency"]["values"] == pytest.approx([0.9, 0.9])
+    assert theirs["efficiency"]["values"] == pytest.approx([0.3])
+    [failure] = theirs["failures"]
+    assert failure == "did not finish: it died"
 
 
 def test_usage_is_what_came_between_two_snapshots() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 from collections.abc import Callable
 from typing import Any
@@ -22,6 +23,7 @@ from swarm.averaging.messages import (
 from swarm.config import AveragingConfig, DataConfig, ModelConfig, RunConfig, TrainConfig
 from swarm.model.fragments import FragmentSpec, TensorSpec
 from swarm.network.keys import Keypair
+from tests.unit.averaging.four_peers import Tell, play_four
 
 torch.set_num_threads(1)
 
@@ -80,3 +82,19 @@ def signed_commit() -> Callable[..., Commit]:
         return make_commit(KEYS[members[0] if opener_key is None else opener_key], opening, contributors, results)
 
     return make
+
+
+@pytest.fixture
+def no_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread takes real time, in which a made-up clock would jump ahead."""
+    async def at_once(function: Callable[..., object], *arguments: object) -> object:
+        return function(*arguments)
+
+    monkeypatch.setattr(asyncio, "to_thread", at_once)
+
+
+@pytest.fixture
+def tell(make_run: Callable[..., RunConfig], layout: Layout, keys: list[Keypair], no_threads: None) -> Tell:
+    """Play a story of four peers."""
+    run = make_run({"total_tokens": 10**9}, bits=8, tokens_per_round=1000)
+    return lambda story: play_four(run, layout, keys, story)

@@ -17,16 +17,7 @@ from tests.unit.averaging.simulation import Peer, World, play
 
 
 @pytest.fixture(autouse=True)
-def no_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A thread takes real time, in which the made-up clock would jump ahead."""
-    async def at_once(function: Callable[..., object], *arguments: object) -> object:
-        return function(*arguments)
-
-    monkeypatch.setattr(asyncio, "to_thread", at_once)
-
-
-@pytest.fixture(autouse=True)
-def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+def small_pieces(no_threads: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Owners have several parts, as in a large model."""
     monkeypatch.setattr(plan, "MIN_PIECE_BLOCKS", 1)
 

@@ -1,0 +1,43 @@
+"""All that a peer keeps for one fragment that it holds."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+
+import torch
+
+from swarm.averaging.apply import Applier
+from swarm.averaging.context import Context
+from swarm.averaging.download import Donor
+from swarm.averaging.global_state import GlobalState
+from swarm.averaging.layout import Layout
+from swarm.averaging.ledger import Drift, Gradients, Ledger
+from swarm.averaging.progress import Progress
+from swarm.averaging.round import FragmentRounds
+
+
+class HeldFragment:
+    """Books, rounds, and what others have trained. `parameters`: the working weights."""
+
+    def __init__(
+        self, context: Context, index: int, layout: Layout, state: GlobalState,
+        parameters: Mapping[str, torch.nn.Parameter],
+    ) -> None:
+        sync = context.run.averaging.mode == "sync"
+        self.work = Gradients(layout, parameters) if sync else Drift(layout, parameters)
+        self.ledger = Ledger(state, self.work)
+        self.applier = Applier(context, fragment=index, layout=layout, ledger=self.ledger)
+        self.rounds = FragmentRounds(context, self.applier)
+        self.progress = Progress()
+        self.donor = Donor(self.served_states, asyncio.get_running_loop().time)
+        self.opened_at = asyncio.get_running_loop().time()
+        self.due_since: float | None = None
+        self.recent_s: list[float] = []
+        self.retry_at = 0.0
+        self.distrusted_until: dict[str, float] = {}
+        self.following = self.opening = self.downloading = False
+
+    def served_states(self) -> list[GlobalState]:
+        previous = self.ledger.previous
+        return [self.ledger.state, *([previous] if previous else [])]
