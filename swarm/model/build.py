@@ -87,7 +87,7 @@ def build_model(
         model = _load(source, config, revision=None if weights_from else run.model.revision)
     nn.Module.to(model, dtype=torch.float32)
     model.config.use_cache = False  # a cache of keys and values is memory that training never reads
-    _untie(model)
+    untie(model)
     if getattr(config, "is_decoder", None) is False:
         _check_causal(model)
     needed = tokenizer_size or (BYTES_VOCABULARY if run.tokenizer == "bytes" else 0)
@@ -157,7 +157,7 @@ def _load(source: str, config: PreTrainedConfig, *, revision: str | None) -> Pre
     return model
 
 
-def _untie(model: PreTrainedModel) -> None:
+def untie(model: PreTrainedModel) -> None:
     """Give the head weights of its own. Equal ones, so that nothing changes until it is trained."""
     head: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     if head is None:

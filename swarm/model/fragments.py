@@ -145,9 +145,14 @@ def _block_of_each(model: PreTrainedModel, prefix: str, num_blocks: int) -> dict
             blocks[name] = int(name[len(prefix) + 1 :].split(".", 1)[0])
             seen_blocks = True
         else:
-            words = {word for part in name.split(".") for word in part.split("_")}
-            blocks[name] = num_blocks - 1 if seen_blocks or not words.isdisjoint(AFTER_BLOCKS) else 0
+            blocks[name] = num_blocks - 1 if runs_after(name, seen_blocks=seen_blocks) else 0
     return blocks
+
+
+def runs_after(name: str, *, seen_blocks: bool) -> bool:
+    """Does a module outside the blocks run after them? `seen_blocks`: it was made after them."""
+    words = {word for part in name.split(".") for word in part.split("_")}
+    return seen_blocks or not words.isdisjoint(AFTER_BLOCKS)
 
 
 def _embedding_names(model: PreTrainedModel) -> set[str]:
