@@ -45,7 +45,6 @@ class Averager:
             HeldFragment(context, index, layout, state, parameters)
             for index, (layout, state) in enumerate(zip(layouts, states, strict=True))
         ]
-        self._parameters = parameters
         self._tick_task: asyncio.Task[None] | None = None
         self.tokens_per_s = 0.0
         self.leaving = False

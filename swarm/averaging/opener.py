@@ -18,17 +18,11 @@ from swarm.averaging.apply import Applier
 from swarm.averaging.context import Context
 from swarm.averaging.layout import Layout
 from swarm.averaging.member import BUSY, Member
-from swarm.averaging.messages import (
-    Commit,
-    Contributor,
-    Opening,
-    Part,
-    PartResult,
-    make_commit,
-)
+from swarm.averaging.messages import Commit, Contributor, Opening, Part, PartResult, make_commit, result_message
 from swarm.averaging.part import Contributors, contributors_of
 from swarm.errors import BadMessage, NetworkError, PeerRefused
 from swarm.network import records
+from swarm.network.keys import verify
 
 ATTEMPTS = 3
 REDUCTIONS = 3
@@ -252,14 +246,18 @@ class Opener:
             answer = await self._context.ask(owner, "reduce", header, deadline_s=opening.push_s + 5.0)
         missing = answer.get("missing")
         if missing is None:
-            return records.parse(PartResult, answer)
+            result = records.parse(PartResult, answer)
+            if not is_signed(opening, part, contributors, result):
+                raise BadMessage("a result that its owner did not sign")
+            return result
         if not isinstance(missing, list) or not all(type(member) is int for member in missing):
             raise BadMessage("a list of missing members that is none")
         return set(missing)
 
     def heard(self, opening: Opening, part: int, contributors: Contributors, result: PartResult) -> None:
-        """An owner has made a result."""
-        if self._attempting is not None and self._attempting[0] == opening.id:
+        """An owner has made a result. One that it did not sign would spoil the commit: it counts as none."""
+        attempting = self._attempting is not None and self._attempting[0] == opening.id
+        if attempting and is_signed(opening, part, contributors, result):
             self._results.setdefault(part, {})[contributors] = result
             self._result_came.set()
 
@@ -269,3 +267,10 @@ class Opener:
                 await self._context.tell(peer_id, method, header, b"", TELL_S)
 
         self._context.spawn(tell())
+
+
+def is_signed(opening: Opening, part: int, contributors: Contributors, result: PartResult) -> bool:
+    """Did the owner of this part sign for this result of these contributors?"""
+    named = [Contributor(member=member, tokens=tokens) for member, tokens in contributors]
+    message = result_message(opening.id, part, named, result.hash)
+    return verify(opening.owner(opening.parts[part]), message, bytes.fromhex(result.signature))

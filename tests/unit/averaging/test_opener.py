@@ -169,7 +169,10 @@ def test_owners_that_refuse_for_ever_end_it(tell: Tell) -> None:
             peer.methods["open"] = no
         commit = await open_round(peers, owners=peers[1:])
         assert len(asked) <= 3 * ATTEMPTS
-        assert commit is None or contributors(commit) == {peers[0].id: 100}
+        assert commit is None and len(asked) >= ATTEMPTS, "one owner is lost in each attempt, and then it gives up"
+        await asyncio.sleep(2)
+        assert [peer.averager.pending() for peer in peers] == [[100], [200], [300], [400]]
+        assert not any(peer.averager._fragments[0].rounds.member.in_round() for peer in peers)
 
     tell(story)
 
@@ -183,6 +186,34 @@ def test_an_answer_that_is_none_counts_as_a_refusal(tell: Tell, answer: dict[str
         peers[3].methods["open"] = odd
         commit = await open_round(peers, owners=peers[:3])
         assert commit is not None and peers[3].id not in contributors(commit)
+
+    tell(story)
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_an_owner_that_signs_nothing_valid_is_given_nothing(tell: Tell, asked: bool) -> None:
+    """Its result would make a commit that everybody refuses, round after round."""
+    async def story(peers: list[Peer]) -> None:
+        bad = peers[1].averager._fragments[0].rounds.member.owner
+        made = bad._reduce
+
+        async def forged(*arguments: Any) -> Any:
+            return (await made(*arguments)).model_copy(update={"signature": "0" * 128})
+
+        bad._reduce = forged  # type: ignore[method-assign]
+        sent = bad._send
+
+        async def send(peer_id: str, method: str, header: dict[str, Any], body: bytes, deadline_s: float) -> None:
+            if not asked:
+                await sent(peer_id, method, {**header, "signature": "0" * 128}, body, deadline_s)
+
+        bad._send = send
+        beats = asyncio.ensure_future(keep_meeting(peers))
+        commit = await open_round(peers)
+        beats.cancel()
+        assert commit is not None and peers[1].id not in owners(commit)
+        await asyncio.sleep(2)
+        assert {peer.head[0] for peer in peers} == {1} and len({peer.head for peer in peers}) == 1
 
     tell(story)
 
@@ -212,5 +243,9 @@ def test_two_openers_at_the_same_moment_make_one_history(tell: Tell) -> None:
         assert sum(commit is not None for commit in commits) <= 1 or peers[0].head[0] == 1
         total = peers[0].head[2] + sum(peer.averager.pending()[0] for peer in peers)
         assert total == 1000, "no token lost, none twice"
+        if any(peer.averager.pending() != [0] for peer in peers):
+            assert await open_round(peers) is not None, "nobody is still busy with one that came to nothing"
+            await asyncio.sleep(2)
+        assert {peer.head[2] for peer in peers} == {1000}
 
     tell(story)
