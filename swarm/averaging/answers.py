@@ -12,7 +12,7 @@ from typing import Any
 
 from swarm.averaging.context import Context
 from swarm.averaging.held import HeldFragment
-from swarm.averaging.messages import Commit, Opening
+from swarm.averaging.messages import Commit, Invitation
 from swarm.errors import BadMessage, NetworkError, PeerRefused
 from swarm.network import records
 from swarm.network.link import Answer, Link
@@ -51,8 +51,9 @@ class Answers:
         return self._fragments[index]
 
     async def _on_open(self, link: Link, header: dict[str, Any], body: bytes) -> Answer:
-        opening = records.parse(Opening, header)
-        fragment = self._fragment(header)
+        invitation = records.parse(Invitation, header)
+        opening = invitation.opening
+        fragment = self._fragment({"fragment": opening.fragment})
         opening.check(fragment.applier.layout.num_blocks)
         if opening.opener != link.peer_id or self._context.keypair.peer_id not in opening.members:
             raise BadMessage("an opening by somebody else, or for somebody else")
@@ -65,6 +66,9 @@ class Answers:
         reason = fragment.rounds.member.refuse_reason(opening)
         if reason is not None:
             raise PeerRefused(reason)
+        for contact in invitation.contacts:
+            if contact.peer_id in opening.members:
+                self._context.directory.meet(contact.peer_id, contact.maddrs, contact.reach)
         if self._introducing is None or self._introducing.done():  # one at a time, or openings could flood the DHT
             self._introducing = self._context.spawn(self._context.directory.introduce(opening.members))
         return await fragment.rounds.member.take_part(opening), b""

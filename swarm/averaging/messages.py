@@ -17,7 +17,7 @@ from pydantic import Field
 from swarm.averaging.plan import MAX_PARTS
 from swarm.errors import BadMessage
 from swarm.network.keys import Keypair, verify
-from swarm.network.records import MAX_FRAGMENTS, Digest, PeerIdText, Strict
+from swarm.network.records import MAX_FRAGMENTS, Contact, Digest, PeerIdText, Strict
 
 MAX_MEMBERS = 64
 
@@ -70,6 +70,13 @@ class Opening(Strict):
             raise BadMessage("the parts of an opening do not tile the fragment")
         if any(part.owner >= len(self.members) for part in self.parts):
             raise BadMessage("an owner is no member")
+
+
+class Invitation(Strict):
+    """What the opener sends: the opening, and how to reach the other members; not everybody has met everybody."""
+
+    opening: Opening
+    contacts: Annotated[list[Contact], Field(max_length=MAX_MEMBERS)] = []
 
 
 class Contributor(Strict):

@@ -18,7 +18,16 @@ from swarm.averaging.apply import Applier
 from swarm.averaging.context import Context
 from swarm.averaging.layout import Layout
 from swarm.averaging.member import BUSY, Member
-from swarm.averaging.messages import Commit, Contributor, Opening, Part, PartResult, make_commit, result_message
+from swarm.averaging.messages import (
+    Commit,
+    Contributor,
+    Invitation,
+    Opening,
+    Part,
+    PartResult,
+    make_commit,
+    result_message,
+)
 from swarm.averaging.part import Contributors, contributors_of
 from swarm.errors import BadMessage, NetworkError, PeerRefused
 from swarm.network import records
@@ -33,6 +42,8 @@ for this long, is left out; what it has learnt goes into the next round"""
 LOOK_S = 0.25
 """while waiting for results: whether their owners are still there"""
 TELL_S = 10.0
+MAX_MADDRS = 2
+"""of each member, sent along with an opening"""
 
 log = logging.getLogger(__name__)
 
@@ -144,10 +155,12 @@ class Opener:
         if known:
             wait_s = plan.deadline_s(list(self._answer_s), bytes_each=0, floor_s=ANSWER_S)
         owners = {opening.owner(part) for part in opening.parts}
+        contacts = self._context.directory.contacts(opening.members, max_maddrs=MAX_MADDRS)
+        invitation = Invitation(opening=opening, contacts=contacts).model_dump()
         tasks = {
             asyncio.ensure_future(
                 self._member.take_part(opening) if peer_id == self._me
-                else self._context.ask(peer_id, "open", opening.model_dump(), deadline_s=wait_s)
+                else self._context.ask(peer_id, "open", invitation, deadline_s=wait_s)
             ): index
             for index, peer_id in enumerate(opening.members)
         }

@@ -23,7 +23,7 @@ from swarm.network.dht import Dht
 from swarm.network.endpoint import Endpoint
 from swarm.network.link import Answer, Link
 from swarm.network.reachability import OUTBOUND, can_meet
-from swarm.network.records import Maddr, PeerIdText, Reach, Status, Strict
+from swarm.network.records import Contact, Status, Strict
 
 HEARTBEAT_S = 1.5
 UNSURE_S = 2.0
@@ -46,14 +46,6 @@ MAX_GOSSIP = 8
 HEARSAY_S = 60.0
 
 log = logging.getLogger(__name__)
-
-
-class Contact(Strict):
-    """Another peer's address, passed on."""
-
-    peer_id: PeerIdText
-    maddrs: Annotated[list[Maddr], Field(max_length=8)]
-    reach: Reach = ""
 
 
 class Beat(Strict):
@@ -161,9 +153,16 @@ class Directory:
         """Exchange statuses with everybody now, and refresh the DHT's copy."""
         await asyncio.gather(*(self.tell(peer_id) for peer_id in self.alive()), self._publish())
 
+    def contacts(self, peer_ids: Iterable[str], *, max_maddrs: int = 8) -> list[Contact]:
+        """How to reach these peers, as far as it is known here: to pass on."""
+        return [
+            Contact(peer_id=p, maddrs=self._known[p].maddrs[:max_maddrs], reach=self._known[p].reach)
+            for p in peer_ids if p in self._known
+        ]
+
     async def introduce(self, peer_ids: Iterable[str]) -> None:
-        """Peers that somebody named without an address: get to know them, or a swarm whose first peer dies young falls
-        apart into peers that had only met that one."""
+        """Peers that somebody named, perhaps without an address: get to know them, or a swarm whose first peer dies
+        young falls apart into peers that had only met that one."""
         strangers = [p for p in peer_ids if p not in self._known and p != self._endpoint.peer_id]
         if strangers:
             for peer_id in strangers:
@@ -187,10 +186,7 @@ class Directory:
         ]
         newcomer = to not in self._known or self._known[to].status is None
         chosen = self._rng.sample(alive, min(len(alive), MAX_GOSSIP if newcomer else 2))
-        contacts = [
-            Contact(peer_id=p, maddrs=self._known[p].maddrs[:8], reach=self._known[p].reach) for p in chosen
-        ]
-        return Beat(status=self._my_status(), contacts=contacts).model_dump(exclude_defaults=True)
+        return Beat(status=self._my_status(), contacts=self.contacts(chosen)).model_dump(exclude_defaults=True)
 
     async def _on_status(self, link: Link, header: dict[str, Any], body: bytes) -> Answer:
         beat = records.parse(Beat, header)

@@ -23,6 +23,8 @@ from swarm.network.maddr import without_peer_id
 
 PROTOCOL = "/swarm/1"
 DIAL_S = 10.0
+BLIND_S = 3.0
+"""without an address: only a connection that is open already can carry the stream, so the answer comes soon or never"""
 HELLO_S = 10.0
 MAX_LINKS = 512
 MAX_LINKS_OF_ONE_PEER = 4
@@ -46,11 +48,11 @@ class Endpoint:
         """where a peer behind a router can be dialled, once somebody has introduced us; see introductions.py"""
         self._p2p, self._clock = daemon.p2p, clock
         self._links: defaultdict[str, list[Link]] = defaultdict(list)
-        self._dialling: dict[str, asyncio.Task[Link]] = {}
+        self._dialling: dict[str, asyncio.Future[Link]] = {}
         self._methods: dict[str, Method] = {"hello": Method(self._on_hello, 0)}
         self._budget = Budget()
         self._closed_bytes = [0, 0]
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[Any]] = set()
 
     async def start(self) -> None:
         await self._p2p.add_binary_stream_handler(PROTOCOL, self._on_stream)
@@ -100,16 +102,31 @@ class Endpoint:
             if link.greeted and not link.closed.is_set():
                 return link
         if peer_id not in self._dialling:
-            task = asyncio.create_task(self._dial(peer_id, list(maddrs)))
-            self._dialling[peer_id] = task
-
-            def dialled(done: asyncio.Task[Link]) -> None:
-                del self._dialling[peer_id]
-                if not done.cancelled():
-                    done.exception()  # seen, also when nobody waits any more
-
-            task.add_done_callback(dialled)
+            self._start_dialling(peer_id, list(maddrs))
         return await asyncio.shield(self._dialling[peer_id])
+
+    def _start_dialling(self, peer_id: str, maddrs: list[str]) -> None:
+        """`_dialling` gets the link that is there first: this one, or that of the other side dialling us."""
+        first: asyncio.Future[Link] = asyncio.get_running_loop().create_future()
+        self._dialling[peer_id] = first
+        task = asyncio.create_task(self._dial(peer_id, maddrs))
+        self._tasks.add(task)
+
+        def dialled(done: asyncio.Task[Link]) -> None:
+            self._tasks.discard(task)
+            error = None if done.cancelled() else done.exception()
+            if first.done():
+                return
+            del self._dialling[peer_id]
+            if done.cancelled():
+                first.cancel()
+            elif error is not None:
+                first.set_exception(error)
+                first.exception()  # seen, also when nobody waits any more
+            else:
+                first.set_result(done.result())
+
+        task.add_done_callback(dialled)
 
     async def _dial(self, peer_id: str, maddrs: list[str]) -> Link:
         if peer_id == self.peer_id:
@@ -127,7 +144,7 @@ class Endpoint:
                 except Exception as error:  # its routing table may still know a better address
                     why = _reason(error)
             opening = self._p2p.call_binary_stream_handler(target, PROTOCOL)
-            info, reader, writer = await asyncio.wait_for(opening, DIAL_S)
+            info, reader, writer = await asyncio.wait_for(opening, DIAL_S if places else BLIND_S)
             observed_maddr = str(info.addr)
         except Exception as error:  # hivemind and its libraries raise many kinds, also for a peer id that is none
             raise PeerGone(f"cannot reach {peer_id[:80]}", why=why or _reason(error)) from None
@@ -175,6 +192,9 @@ class Endpoint:
             raise PeerRefused("we speak version 1 of the protocol", do="use the same version of this program")
         link.session = str(session)
         link.greeted = True
+        awaited = self._dialling.pop(link.peer_id, None)
+        if awaited is not None and not awaited.done():
+            awaited.set_result(link)
         self.skews_s[link.peer_id] = float(theirs or 0) - now
 
     def _add(
@@ -207,10 +227,9 @@ class Endpoint:
     async def stop(self) -> None:
         for link in self._all_links():
             link.close("leaving")
-        tasks = [*self._tasks, *self._dialling.values()]
-        for task in tasks:
+        for task in self._tasks:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*self._tasks, return_exceptions=True)
 
 
 async def _nowhere(peer_id: str) -> None:
@@ -219,5 +238,5 @@ async def _nowhere(peer_id: str) -> None:
 
 def _reason(error: Exception) -> str:
     if isinstance(error, asyncio.TimeoutError):
-        return f"no answer within {DIAL_S:.0f} s"
+        return "no answer in time"
     return str(error)[:2000] or type(error).__name__

@@ -64,6 +64,14 @@ class Status(Strict):
     leaving: bool = False
 
 
+class Contact(Strict):
+    """Another peer's addresses, passed on."""
+
+    peer_id: PeerIdText
+    maddrs: Annotated[list[Maddr], Field(max_length=8)]
+    reach: Reach = ""
+
+
 Model = TypeVar("Model", bound=Strict)
 
 

@@ -220,6 +220,38 @@ def test_both_may_dial_at_the_same_time(nets):
         close_links(one, two)
 
 
+def test_who_is_dialled_in_vain_may_be_quicker_itself(nets, monkeypatch):
+    """A push to a member that the sender has no address of goes out as soon as that member dials."""
+    monkeypatch.setattr(endpoints, "BLIND_S", 600.0)
+    one, two = nets.start("one"), nets.start("two")
+
+    async def never(*_):
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(one.endpoint._p2p, "call_binary_stream_handler", never)
+    waiting = one.submit(one.endpoint.link_to(two.peer_id))
+    until(lambda: two.peer_id in one.endpoint._dialling, "the dial")
+    link = two.run(two.endpoint.link_to(one.peer_id, maddrs=one.maddrs))
+    assert link.greeted and waiting.result(PATIENCE_S).peer_id == two.peer_id
+    assert one.endpoint._dialling == {}
+    assert one.run(one.endpoint.link_to(two.peer_id)) is waiting.result(), "the next one has it at once"
+
+
+def test_without_an_address_a_dial_ends_soon(nets, monkeypatch):
+    monkeypatch.setattr(endpoints, "BLIND_S", 0.05)
+    monkeypatch.setattr(endpoints, "DIAL_S", 600.0)
+    one, two = nets.start("one"), nets.start("two")
+
+    async def never(*_):
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(one.endpoint._p2p, "call_binary_stream_handler", never)
+    with pytest.raises(PeerGone, match="no answer in time"):
+        one.run(one.endpoint.link_to(two.peer_id))
+    monkeypatch.undo()
+    assert one.run(one.endpoint.link_to(two.peer_id, maddrs=two.maddrs)).greeted, "and the next one is a new try"
+
+
 def close_links(*networks):
     for network in networks:
         network.call_soon(lambda network=network: [link.close() for link in network.endpoint._all_links()])

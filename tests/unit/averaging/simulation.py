@@ -23,7 +23,7 @@ from swarm.errors import NetworkError, PeerGone, PeerRefused
 from swarm.events import Event, Round
 from swarm.network.keys import Keypair
 from swarm.network.link import Handler
-from swarm.network.records import Status
+from swarm.network.records import Contact, Status
 from swarm.train.boundary import Boundary
 
 
@@ -90,6 +90,7 @@ class Peer:
         self.events: list[Event] = []
         self.methods: dict[str, Handler] = {}
         self.heard: dict[str, tuple[Status, float]] = {}
+        self.met: dict[str, list[str]] = {}
         self.on_status: Callable[[str, Status], None] = lambda peer_id, status: None
         self.parameters = {name: torch.nn.Parameter(v.clone()) for name, v in layout.views(start)}
         context = Context(world.run, key, self, self, Boundary(), self.events.append)  # type: ignore[arg-type]
@@ -156,6 +157,12 @@ class Peer:
 
     def maddrs(self, peer_id: str) -> list[str]:
         return ["/ip4/127.0.0.1/tcp/1"]
+
+    def contacts(self, peer_ids: Iterable[str], *, max_maddrs: int = 8) -> list[Contact]:
+        return [Contact(peer_id=peer_id, maddrs=self.maddrs(peer_id)) for peer_id in peer_ids]
+
+    def meet(self, peer_id: str, maddrs: list[str], reach: str = "") -> None:
+        self.met[peer_id] = maddrs
 
     def unsure(self) -> bool:
         return False

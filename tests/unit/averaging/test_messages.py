@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from swarm.averaging.messages import MAX_MEMBERS, Commit, Contributor, Opening, preferred
+from swarm.averaging.messages import MAX_MEMBERS, Commit, Contributor, Invitation, Opening, preferred
+from swarm.averaging.opener import MAX_MADDRS
 from swarm.errors import BadMessage
 from swarm.network import frames
 from swarm.network.keys import Keypair
@@ -234,3 +235,14 @@ def test_the_largest_commit_fits_a_message(signed_commit: MakeCommit, keys: list
     many["contributors"] = [{"member": 63, "tokens": 2**40}] * MAX_MEMBERS
     many["results"] = [many["results"][0]] * MAX_MEMBERS
     assert len(frames.pack_head({"m": "commit", "h": {"commit": many}, "n": 0})) < frames.MAX_HEAD_BYTES
+
+
+def test_the_largest_invitation_fits_a_message(signed_commit: MakeCommit) -> None:
+    opening = signed_commit().opening.model_dump()
+    opening["parts"] = [{"start": 2**40 - 1, "end": 2**40, "owner": 63}] * MAX_MEMBERS
+    opening["members"] = ["1" * 52] * MAX_MEMBERS
+    contact = {"peer_id": "1" * 52, "maddrs": ["/ip6/" + "f" * 195] * MAX_MADDRS, "reach": "public"}
+    invitation = parse(Invitation, {"opening": opening, "contacts": [contact] * MAX_MEMBERS}).model_dump()
+    assert len(frames.pack_head({"m": "open", "h": invitation, "n": 0})) < frames.MAX_HEAD_BYTES
+    with pytest.raises(BadMessage, match="malformed Invitation"):
+        parse(Invitation, {"opening": opening, "contacts": [contact] * (MAX_MEMBERS + 1)})

@@ -39,6 +39,15 @@ def test_all_that_was_learnt_is_in_the_commit_and_everybody_has_it(tell: Tell) -
     tell(story)
 
 
+def test_members_learn_from_the_opening_how_to_reach_each_other(tell: Tell) -> None:
+    async def story(peers: list[Peer]) -> None:
+        assert await open_round(peers) is not None
+        everybody = {peer.id: peer.maddrs(peer.id) for peer in peers}
+        assert all(peer.met == everybody for peer in peers[1:]) and peers[0].met == {}
+
+    tell(story)
+
+
 def test_alone_it_needs_nobody(tell: Tell) -> None:
     async def story(peers: list[Peer]) -> None:
         commit = await open_round(peers[:1])
