@@ -1,0 +1,1 @@
+"""Stages: microbatches travel from peer to peer, and their gradients come back. Read `chain.py` first."""

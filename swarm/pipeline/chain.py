@@ -1,0 +1,420 @@
+"""The chain: how a microbatch passes through the swarm and its gradient comes back (DESIGN 7).
+
+    origin                      next peer                        last peer
+    forward ----- values ---->  forward ------- values ------->  forward, loss, backward
+            <---- working ----          <------ working -------
+                                backward <----- gradient ------
+    backward <--- gradient ---
+    verdict: done ------------> add up      (each peer of the path is told)
+
+The call is nested: what comes back to whoever sent values is their gradient, so activations cross each link once each
+way and pass through no hub: 2(S-1) of them for S stages, where the origin as hub takes 5(S-1) (SWARM, arXiv 2301.11913,
+and Petals, arXiv 2209.01188). Once a second each peer tells whoever asked that it is at it, and who does the rest.
+
+Exactly once. A microbatch is named by its origin, a number, and the fragment at which a peer enters it. Asking a second
+time is joining the first: work under way is waited for, a finished answer is kept. A peer whose next one dies or falls
+silent asks another, from the values that it still has, and says who does the rest further down; the new one hands over
+there, and they answer without doing it again. So whatever dies, its neighbour above repairs it, forward or backward, and
+nothing else is computed twice. Gradients are added up only on the origin's verdict, which names one peer a fragment: a
+slow peer that was given up and finishes all the same is told to forget, or is never told.
+
+The origin itself is the first link: its own microbatches enter here at fragment 0. If it dies, nobody speaks for its
+microbatches, and after `FORGET_S` they are gone everywhere.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+from swarm.errors import BadMessage, NetworkError, PeerGone, PeerRefused
+from swarm.network import records
+from swarm.network.link import Answer, Link
+from swarm.pipeline import wire
+from swarm.pipeline.compute import StageCompute
+from swarm.pipeline.messages import Gradient, Hop, Microbatch, Verdict, Working, below
+from swarm.pipeline.routing import Holder, Router
+from swarm.pipeline.work import BACKWARD, FORWARD, OWN, VERDICT, Work
+
+WORKING_S = 0.5
+"""between two words that a peer is at it"""
+SILENT_S = 2.5
+"""without a word: asked elsewhere. Death is noticed at once, by the link that ends; this is for machines that freeze"""
+SLOWEST_BYTES_PER_S = 64e3
+"""until the first word, the microbatch may take as long as this"""
+CALL_S = 600.0
+NOBODY_S = 60.0
+"""this long a peer waits for somebody to hold the next fragment"""
+AGAIN_S = 0.2
+FORGET_S = 120.0
+MAX_IN_FLIGHT = 64
+"""microbatches of others at one peer: a bound on memory, not a setting (the origin's credit keeps them fewer)"""
+KEPT_DONE = 4096
+BUSY = "too many microbatches here"
+
+Read = Callable[[], tuple[torch.Tensor, torch.Tensor | None]]
+"""token ids and hidden states (None at fragment 0) of a microbatch; checks what a stranger sent, so it may raise"""
+
+log = logging.getLogger(__name__)
+
+
+class Calls(Protocol):
+    """What the chain needs of the network: the endpoint, or a made-up one."""
+
+    async def call(
+        self, peer_id: str, method: str, header: dict[str, Any], body: bytes = b"", *, deadline_s: float,
+        max_answer: int = 0,
+    ) -> Answer: ...
+
+    async def notify(self, peer_id: str, method: str, header: dict[str, Any], *, deadline_s: float) -> None: ...
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Of the model, as the chain needs it."""
+
+    num_fragments: int
+    hidden: int
+    vocabulary: int
+
+
+@dataclass
+class _Entry:
+    """A microbatch at this peer."""
+
+    microbatch: Microbatch
+    at: float
+    end: int = 0
+    """the fragments [start, end) are done here; 0: not decided"""
+    rest: list[Hop] = field(default_factory=list)
+    """who does what comes after, as far as known"""
+    task: asyncio.Task[Answer] | None = None
+
+    def is_answered(self) -> bool:
+        task = self.task
+        return task is not None and task.done() and not task.cancelled() and task.exception() is None
+
+
+@dataclass
+class _Asked:
+    """A question that is out: when its peer was last heard at it."""
+
+    heard_at: float
+    rest: list[Hop] = field(default_factory=list)
+
+
+class Chain:
+    """One peer's link of it. Lives on the network's event loop; `work` takes what is computed to the training thread."""
+
+    def __init__(
+        self, me: str, calls: Calls, work: Work, compute: StageCompute, router: Router, *, shape: Shape,
+        first: int, end: int, holders: Callable[[], Sequence[Holder]], bits: int = 8, back_bits: int = 8,
+        is_ready: Callable[[int, int, int], bool] = lambda start, end, version: True,
+    ) -> None:
+        """Fragments [first, end) are held here. `holders`: the other peers that are alive; `is_ready(start, end,
+        version)`: are these fragments at that version here (`sync` runs)?"""
+        self._me, self._calls, self._work, self._compute, self._router = me, calls, work, compute, router
+        self.shape, self.first, self.end = shape, first, end
+        self._holders, self._bits, self._back_bits, self._is_ready = holders, bits, back_bits, is_ready
+        self._entries: dict[tuple[str, int, int], _Entry] = {}
+        self._asked: dict[tuple[str, tuple[str, int, int]], _Asked] = {}
+        self._done: OrderedDict[tuple[str, int], None] = OrderedDict()
+        self._service_s = 0.0
+        self.on_committed: Callable[[int, int], None] = lambda start, end: None
+        """gradients of fragments [start, end) were added up; on the training thread"""
+        self.reroutes = 0
+        """times that another peer was asked because the first one failed"""
+
+    # -- what others ask --------------------------------------------------------------------------------------------
+
+    @property
+    def max_body(self) -> int:
+        """bytes of the largest request that can be meant"""
+        return 2**28
+
+    async def on_microbatch(self, link: Link, header: dict[str, Any], body: bytes) -> Answer:
+        microbatch = records.parse(Microbatch, header)
+        return await self.serve(microbatch, body, asker=link.peer_id)
+
+    async def serve(self, microbatch: Microbatch, body: bytes, *, asker: str) -> Answer:
+        """Do the rest of a microbatch, or join who is doing it. Raises NetworkError."""
+        entry = self._entries.get(microbatch.key)
+        if entry is None:
+            entry = self._begin(microbatch, lambda: self._read(microbatch, body))
+        assert entry.task is not None
+        pulse = asyncio.ensure_future(self._tell_working(asker, entry))
+        try:
+            return await asyncio.shield(entry.task)
+        finally:
+            pulse.cancel()
+
+    def on_working(self, sender: str, working: Working) -> None:
+        key = working.origin, working.number, working.start
+        asked = self._asked.get((sender, key))
+        if asked is not None:
+            asked.heard_at = asyncio.get_running_loop().time()
+            asked.rest = below(working.path, working.path[0].end) if working.path else []
+
+    async def judge(self, origin: str, verdicts: Sequence[Verdict]) -> list[int]:
+        """Add up the gradients of microbatches that are done, forget the others; returns the numbers of those that
+        were to be added up and are not here."""
+        done: list[tuple[tuple[str, int, int], int]] = []
+        missing = []
+        for verdict in verdicts:
+            key = origin, verdict.number, verdict.start
+            entry = self._entries.get(key)
+            if verdict.done and entry is not None and entry.is_answered() and entry.end == verdict.end:
+                done.append((key, verdict.end))
+                del self._entries[key]
+            elif verdict.done and (origin, verdict.number) not in self._done:
+                missing.append(verdict.number)
+        settled = {(origin, verdict.number) for verdict in verdicts}
+        self._done.update(dict.fromkeys(settled))  # before anything is awaited: the same words may come again
+        while len(self._done) > KEPT_DONE:
+            self._done.popitem(last=False)
+
+        def commit() -> None:
+            for key, end in done:
+                self._compute.commit(key)
+                self.on_committed(key[2], end)
+
+        if done:
+            await self._work(commit, urgency=VERDICT)
+        await self._forget([key for key in self._entries if key[:2] in settled])
+        return missing
+
+    # -- what this peer does ----------------------------------------------------------------------------------------
+
+    async def begin_own(
+        self, number: int, tokens: torch.Tensor, *, train: bool = True, version: int = 0
+    ) -> Gradient:
+        """The answer to a microbatch of this peer's own. `tokens`: int64 [sequences, length]. Raises PeerRefused where
+        nobody can go on with it; asking again goes on from there."""
+        microbatch = Microbatch(
+            origin=self._me, number=number, start=0, sequences=tokens.shape[0], length=tokens.shape[1],
+            bits=self._bits, back_bits=self._back_bits, train=train, version=version,
+        )
+        entry = self._entries.get(microbatch.key) or self._begin(microbatch, lambda: (tokens, None))
+        assert entry.task is not None
+        header, _ = await asyncio.shield(entry.task)
+        return records.parse(Gradient, header)
+
+    def _begin(self, microbatch: Microbatch, read: Read) -> _Entry:
+        if not self.first <= microbatch.start < self.end:
+            raise PeerRefused(f"fragment {microbatch.start} is not held here")
+        if (microbatch.origin, microbatch.number) in self._done:
+            raise PeerRefused("that microbatch is done")
+        others = sum(entry.microbatch.origin != self._me for entry in self._entries.values())
+        if microbatch.origin != self._me and others >= MAX_IN_FLIGHT:
+            raise PeerRefused(BUSY)
+        entry = _Entry(microbatch, asyncio.get_running_loop().time())
+        self._entries[microbatch.key] = entry
+        entry.task = asyncio.ensure_future(self._do(entry, read))
+        entry.task.add_done_callback(lambda task: self._ended(entry, task))
+        return entry
+
+    def _ended(self, entry: _Entry, task: asyncio.Task[Answer]) -> None:
+        entry.at = asyncio.get_running_loop().time()
+        if task.cancelled() or task.exception() is not None or not entry.microbatch.train:  # can be asked again
+            if self._entries.get(entry.microbatch.key) is entry:
+                del self._entries[entry.microbatch.key]
+            self._compute_later(entry)
+
+    def _compute_later(self, entry: _Entry) -> None:
+        key = entry.microbatch.key
+        with contextlib.suppress(RuntimeError):  # the peer is ending
+            asyncio.ensure_future(_quietly(self._work(lambda: self._compute.forget(key), urgency=VERDICT)))
+
+    async def _do(self, entry: _Entry, read: Read) -> Answer:
+        """Forward, the rest of the chain, backward."""
+        asked, clock = entry.microbatch, asyncio.get_running_loop().time
+        began, queue = clock(), self._work.queue
+        entry.end = self._leave_at(asked)
+        while asked.version and not self._is_ready(asked.start, entry.end, asked.version):
+            if clock() > began + NOBODY_S:
+                raise PeerRefused(f"version {asked.version} did not come within {NOBODY_S:.0f} s")
+            await asyncio.sleep(AGAIN_S / 10)
+        hop = Hop(peer_id=self._me, start=asked.start, end=entry.end)
+        urgency = OWN if asked.origin == self._me else FORWARD
+        if entry.end == self.shape.num_fragments:
+            def last() -> tuple[float, bytes]:
+                tokens, values = read()
+                entered = tokens if values is None else values
+                loss, gradient = self._compute.loss(
+                    asked.key, entered, tokens, start=asked.start, end=entry.end, keep=asked.train
+                )
+                return loss, b"" if gradient is None else wire.encode_values(gradient, asked.back_bits)
+
+            done = await self._work(last, urgency=urgency)
+            (loss, body), service_s, waited_s = done.value, done.service_s, done.waited_s
+            path, crowded = [hop], 0.0
+        else:
+            def forward() -> bytes:
+                tokens, values = read()
+                left = self._compute.forward(
+                    asked.key, tokens if values is None else values, start=asked.start, end=entry.end,
+                    tokens=asked.tokens, keep=asked.train,
+                )
+                ids = wire.encode_tokens(tokens, vocabulary=self.shape.vocabulary)
+                return ids + wire.encode_values(left, self._bits)
+
+            there = await self._work(forward, urgency=urgency)
+            answer, gradient_bytes = await self._rest(entry, there.value)
+            shape = (asked.sequences, asked.length, self.shape.hidden)
+
+            def backward() -> bytes:
+                if not asked.train:
+                    return b""
+                gradient = self._compute.backward(
+                    asked.key, wire.decode_values(gradient_bytes, shape, self._back_bits)
+                )
+                return b"" if gradient is None else wire.encode_values(gradient, asked.back_bits)
+
+            back = await self._work(backward, urgency=BACKWARD)
+            loss, body, path, crowded = answer.loss, back.value, [hop, *answer.path], answer.crowded
+            service_s, waited_s = there.service_s + back.service_s, there.waited_s + back.waited_s
+        share_s = service_s / (entry.end - asked.start)
+        self._service_s = self._service_s + 0.2 * (share_s - self._service_s) if self._service_s else share_s
+        header = Gradient(
+            loss=loss, path=path, inside_s=clock() - began, service_s=service_s, waited_s=waited_s, queue=queue,
+            crowded=max(crowded, min(waited_s / max(service_s, 1e-6), 1e6)),
+        )
+        return header.model_dump(), body
+
+    def _leave_at(self, asked: Microbatch) -> int:
+        """Where to hand over: where somebody further down is at it already, else where it is done soonest."""
+        known = [hop.start for hop in asked.known if asked.start < hop.start <= self.end]
+        if known:
+            return min(known)
+        return self._router.leave_at(
+            self._holders(), start=asked.start, end=self.end, queue=self._work.queue, service_s=self._service_s,
+            num_fragments=self.shape.num_fragments,
+        )
+
+    async def _rest(self, entry: _Entry, body: bytes) -> tuple[Gradient, bytes]:
+        """Have the rest of the chain done, by whoever can. Raises PeerRefused where nobody holds it for long."""
+        clock = asyncio.get_running_loop().time
+        known = below([hop for hop in entry.microbatch.known if hop.start >= entry.end], entry.end)
+        failed: set[str] = set()
+        since = clock()
+        while True:
+            holders = [holder for holder in self._holders() if holder.peer_id != self._me]
+            here = next((h for h in holders if known and h.peer_id == known[0].peer_id), None)
+            if here is None or here.peer_id in failed or known[0].start != entry.end:
+                known = [hop for hop in known if hop.start > entry.end]
+                here = self._router.choose(holders, entry.end, excluded=sorted(failed))
+            if here is None:
+                if clock() - since > NOBODY_S:
+                    raise PeerRefused(f"nobody holds fragment {entry.end}")
+                failed.clear()
+                await asyncio.sleep(AGAIN_S)
+                continue
+            try:
+                return await self._ask(here, entry, body, known)
+            except NetworkError as error:
+                since = clock() if failed else since
+                failed.add(here.peer_id)
+                log.info("fragment %d of a microbatch: %s: %s", entry.end, here.peer_id[-6:], error)
+                if not isinstance(error, PeerRefused):
+                    self.reroutes += 1
+                known = [hop for hop in entry.rest if hop.peer_id not in failed]
+
+    async def _ask(self, here: Holder, entry: _Entry, body: bytes, known: list[Hop]) -> tuple[Gradient, bytes]:
+        clock, own = asyncio.get_running_loop().time, entry.microbatch
+        microbatch = own.model_copy(update={
+            "start": entry.end, "bits": self._bits, "back_bits": self._back_bits, "known": known,
+        })
+        entry.rest = known or [Hop(peer_id=here.peer_id, start=entry.end, end=here.end)]
+        asked = self._asked[here.peer_id, microbatch.key] = _Asked(clock() + len(body) / SLOWEST_BYTES_PER_S)
+        self._router.asked(here.peer_id)
+        began = clock()
+        size = wire.values_bytes((own.sequences, own.length, self.shape.hidden), self._back_bits) if own.train else 0
+        call = asyncio.ensure_future(self._calls.call(
+            here.peer_id, "microbatch", microbatch.model_dump(), body, deadline_s=CALL_S, max_answer=size
+        ))
+        try:
+            while not call.done():
+                left_s = asked.heard_at + SILENT_S - clock()
+                if left_s <= 0:
+                    raise PeerGone(f"{here.peer_id[-6:]} is silent")
+                await asyncio.wait([call], timeout=min(left_s, WORKING_S))
+                if asked.rest:
+                    entry.rest = [Hop(peer_id=here.peer_id, start=entry.end, end=asked.rest[0].start), *asked.rest]
+            header, data = call.result()
+            answer = records.parse(Gradient, header)
+            answer.check(microbatch, here.peer_id, self.shape.num_fragments)
+            if len(data) != size:
+                raise BadMessage("a gradient of a wrong size")
+        except PeerRefused:
+            self._router.refused(here.peer_id)
+            raise
+        except NetworkError:
+            self._router.failed(here.peer_id)
+            raise
+        except asyncio.CancelledError:
+            self._router.withdrawn(here.peer_id)
+            raise
+        finally:
+            call.cancel()
+            del self._asked[here.peer_id, microbatch.key]
+        self._router.answered(
+            here.peer_id, fragments=answer.path[0].end - entry.end, total_s=clock() - began,
+            inside_s=answer.inside_s, service_s=answer.service_s, queue=answer.queue,
+        )
+        entry.rest = list(answer.path)
+        return answer, data
+
+    def _read(self, microbatch: Microbatch, body: bytes) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(token ids, hidden states) of a request. Raises BadMessage."""
+        size = (microbatch.sequences, microbatch.length)
+        split = wire.tokens_bytes(size, vocabulary=self.shape.vocabulary)
+        tokens = wire.decode_tokens(body[:split], size, vocabulary=self.shape.vocabulary)
+        if microbatch.start == 0:
+            return tokens, None
+        return tokens, wire.decode_values(body[split:], (*size, self.shape.hidden), microbatch.bits)
+
+    async def _tell_working(self, asker: str, entry: _Entry) -> None:
+        own = entry.microbatch
+        while True:
+            path = [Hop(peer_id=self._me, start=own.start, end=entry.end), *entry.rest] if entry.end else []
+            word = Working(origin=own.origin, number=own.number, start=own.start, path=path)
+            with contextlib.suppress(NetworkError):
+                await self._calls.notify(asker, "working", word.model_dump(), deadline_s=WORKING_S)
+            await asyncio.sleep(WORKING_S)
+
+    # -- the end ----------------------------------------------------------------------------------------------------
+
+    async def forget_old(self) -> None:
+        """Microbatches whose origin has not spoken for `FORGET_S` since they were computed; call it now and then."""
+        now = asyncio.get_running_loop().time()
+        old = [
+            key for key, entry in self._entries.items()
+            if entry.task is not None and entry.task.done() and now - entry.at > FORGET_S
+        ]
+        await self._forget(old)
+
+    async def _forget(self, keys: list[tuple[str, int, int]]) -> None:
+        for key in keys:
+            entry = self._entries.pop(key)
+            if entry.task is not None and not entry.task.done():
+                entry.task.cancel()  # _ended drops what is in memory
+            else:
+                await self._work(lambda key=key: self._compute.forget(key), urgency=VERDICT)  # type: ignore[misc]
+
+    async def stop(self) -> None:
+        tasks = [entry.task for entry in self._entries.values() if entry.task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _quietly(awaitable: Any) -> None:
+    with contextlib.suppress(BaseException):
+        await awaitable

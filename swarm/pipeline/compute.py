@@ -1,0 +1,181 @@
+"""Forward and backward of microbatches on this peer's stage, and the gradients that they leave. On one thread only.
+
+A microbatch's backward uses the weights of its forward, whatever inner steps and rounds come between: graphs are built
+on aliases of the working weights, and who is about to write calls `before_write`, which gives the working weights new
+memory where a graph still needs the old one. That costs a copy of the stage for each step with microbatches in flight,
+and no recomputing.
+
+Gradients wait, apart from each other, until the microbatch's origin has said which of the peers that worked on it count
+(chain.py): only then they are added up, so each enters each fragment once (I2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch.func import functional_call
+
+from swarm.model.fragments import FragmentSpec
+from swarm.model.stage import Stage
+
+
+@dataclass
+class _Weights:
+    """The stage's weights as graphs use them: leaves that share memory with the working weights, until those move."""
+
+    leaves: dict[str, torch.Tensor]
+    """by name in the whole model"""
+    users: int = 0
+    """graphs that still need them"""
+
+
+@dataclass
+class _Graph:
+    start: int
+    end: int
+    tokens: int
+    entered: torch.Tensor | None
+    """hidden states that came in; None at fragment 0"""
+    left: torch.Tensor
+    weights: _Weights
+
+
+@dataclass
+class _Pending:
+    """Gradients of one microbatch whose origin has not spoken yet."""
+
+    tokens: int
+    gradients: dict[int, dict[str, torch.Tensor]] = field(repr=False)
+    """fragment -> name -> gradient of the microbatch's mean loss"""
+
+
+class StageCompute:
+    """`fragments`: those that the stage holds, by index; `parameters`: the working weights, by name in the whole
+    model."""
+
+    def __init__(
+        self, stage: Stage, fragments: Mapping[int, FragmentSpec], parameters: Mapping[str, torch.nn.Parameter]
+    ) -> None:
+        self._stage, self.fragments, self._parameters = stage, fragments, parameters
+        self._weights: _Weights | None = None
+        self._graphs: dict[Hashable, _Graph] = {}
+        self._pending: dict[Hashable, _Pending] = {}
+        self._sums: dict[int, dict[str, torch.Tensor]] = {}
+        self._tokens = dict.fromkeys(fragments, 0)
+        self._device = next(iter(parameters.values())).device
+
+    @property
+    def in_flight(self) -> int:
+        """graphs and gradients in memory"""
+        return len(self._graphs) + len(self._pending)
+
+    # -- microbatches -----------------------------------------------------------------------------------------------
+
+    def forward(
+        self, key: Hashable, values: torch.Tensor, *, start: int, end: int, tokens: int, keep: bool = True
+    ) -> torch.Tensor:
+        """Hidden states [sequences, length, hidden] after fragments [start, end), fp32 on the CPU.
+
+        `values`: token ids [sequences, length] at fragment 0, else hidden states. `keep`: there will be a backward.
+        """
+        left = self._run(key, values, start=start, end=end, tokens=tokens, targets=None, keep=keep)
+        return left.detach().to("cpu", torch.float32)
+
+    def loss(
+        self, key: Hashable, values: torch.Tensor, targets: torch.Tensor, *, start: int, end: int, keep: bool = True
+    ) -> tuple[float, torch.Tensor | None]:
+        """(mean loss in nats a token, gradient of what came in, fp32 on the CPU): the last stage's forward and
+        backward at once. `targets`: the microbatch's token ids [sequences, length]. The gradient is None at fragment 0
+        and without `keep`."""
+        left = self._run(key, values, start=start, end=end, tokens=targets.numel(), targets=targets, keep=keep)
+        gradient = self.backward(key, None) if keep else None
+        return float(left.detach()), gradient
+
+    def backward(self, key: Hashable, gradient: torch.Tensor | None) -> torch.Tensor | None:
+        """The gradient of what came in [sequences, length, hidden], fp32 on the CPU; None at fragment 0. `gradient`:
+        of what `forward` returned (None: that was the loss). The weights' own gradients wait for a verdict."""
+        graph = self._graphs.pop(key)
+        names = [(f, t.name) for f in range(graph.start, graph.end) for t in self.fragments[f].tensors]
+        wanted = [graph.weights.leaves[name] for _, name in names]
+        inputs = wanted if graph.entered is None else [graph.entered, *wanted]
+        if gradient is not None:
+            gradient = gradient.to(graph.left.device, graph.left.dtype)
+        found = list(torch.autograd.grad(graph.left, inputs, gradient, allow_unused=True))
+        graph.weights.users -= 1
+        entered = None if graph.entered is None else found.pop(0)
+        gradients: dict[int, dict[str, torch.Tensor]] = {f: {} for f in range(graph.start, graph.end)}
+        for (fragment, name), values in zip(names, found, strict=True):
+            if values is not None:
+                gradients[fragment][name] = values
+        self._pending[key] = _Pending(graph.tokens, gradients)
+        return None if entered is None else entered.to("cpu", torch.float32)
+
+    def commit(self, key: Hashable) -> None:
+        """The microbatch is done: its gradients count."""
+        pending = self._pending.pop(key)
+        for fragment, gradients in pending.gradients.items():
+            sums = self._sums.setdefault(fragment, {})
+            for name, values in gradients.items():
+                if name not in sums:
+                    sums[name] = torch.zeros_like(values, dtype=torch.float32)
+                sums[name].add_(values, alpha=pending.tokens)
+            self._tokens[fragment] += pending.tokens
+
+    def forget(self, key: Hashable) -> None:
+        """The microbatch is done by others, or its origin is gone. Nothing of it stays."""
+        self._pending.pop(key, None)
+        graph = self._graphs.pop(key, None)
+        if graph is not None:
+            graph.weights.users -= 1
+
+    # -- what they leave --------------------------------------------------------------------------------------------
+
+    def tokens(self, fragment: int) -> int:
+        """whose gradients are added up and not taken yet"""
+        return self._tokens[fragment]
+
+    def take(self, fragment: int) -> tuple[dict[str, torch.Tensor], int]:
+        """(name -> mean gradient, fp32; its tokens) of what has been added up; the next sum begins."""
+        tokens, sums = self._tokens[fragment], self._sums.pop(fragment, {})
+        self._tokens[fragment] = 0
+        for values in sums.values():
+            values.div_(max(1, tokens))
+        return sums, tokens
+
+    def before_write(self) -> None:
+        """Somebody is about to change the working weights: graphs in flight keep those that they were built on."""
+        if self._weights is not None and self._weights.users:
+            for parameter in self._parameters.values():
+                parameter.data = parameter.data.clone()
+            self._weights = None
+
+    # ---------------------------------------------------------------------------------------------------------------
+
+    def _run(
+        self, key: Hashable, values: torch.Tensor, *, start: int, end: int, tokens: int,
+        targets: torch.Tensor | None, keep: bool,
+    ) -> torch.Tensor:
+        """What the stage makes of `values`; with `targets`, the loss."""
+        entered = values.to(self._device)
+        if start and keep:
+            entered.requires_grad_()
+        weights = self._current()
+        blocks = {"start": self.fragments[start].blocks[0], "end": self.fragments[end - 1].blocks[1]}
+        inside = {f"model.{name}": leaf for name, leaf in weights.leaves.items()}
+        with torch.set_grad_enabled(keep):
+            left: torch.Tensor = functional_call(self._stage, inside, (entered,), blocks)
+            if targets is not None:
+                left = self._stage.mean_loss(left, targets.to(self._device))
+        if keep:
+            weights.users += 1
+            self._graphs[key] = _Graph(start, end, tokens, entered if start else None, left, weights)
+        return left
+
+    def _current(self) -> _Weights:
+        if self._weights is None:
+            # not detach(): it would share the counter by which autograd sees writes, also with memory of their own
+            leaves = {name: parameter.data.requires_grad_() for name, parameter in self._parameters.items()}
+            self._weights = _Weights(leaves)
+        return self._weights

@@ -1,0 +1,120 @@
+"""What peers of a chain say to each other about one microbatch.
+
+A microbatch is named by its origin and a number of the origin's, so that asking twice is asking once. What is asked of
+a peer is "this microbatch, from this fragment on": the answer is the gradient of what was sent, and the path that the
+microbatch took, which only its origin may declare done (chain.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Annotated
+
+from pydantic import Field
+
+from swarm.errors import BadMessage
+from swarm.network.records import MAX_FRAGMENTS, PeerIdText, Strict
+
+MAX_HOPS = MAX_FRAGMENTS
+MAX_SEQUENCES = 4096
+MAX_LENGTH = 2**20
+
+Number = Annotated[int, Field(ge=0, le=2**53)]
+FragmentIndex = Annotated[int, Field(ge=0, lt=MAX_FRAGMENTS)]
+FragmentEnd = Annotated[int, Field(ge=1, le=MAX_FRAGMENTS)]
+Bits = Annotated[int, Field(ge=4, le=32)]
+Seconds = Annotated[float, Field(ge=0, le=1e6)]
+
+
+class Hop(Strict):
+    """Fragments [start, end) of a microbatch were, or are being, done by this peer."""
+
+    peer_id: PeerIdText
+    start: FragmentIndex
+    end: FragmentEnd
+
+
+class Microbatch(Strict):
+    """Asks a peer to go on with a microbatch at fragment `start`. The body: see wire.py."""
+
+    origin: PeerIdText
+    number: Number
+    start: FragmentIndex
+    sequences: Annotated[int, Field(ge=1, le=MAX_SEQUENCES)]
+    length: Annotated[int, Field(ge=2, le=MAX_LENGTH)]
+    """tokens of each sequence"""
+    bits: Bits = 8
+    """of the values in this message"""
+    back_bits: Bits = 8
+    """of the gradient that is asked for"""
+    train: bool = True
+    """False: only the loss is wanted, nothing is learnt and nothing kept"""
+    version: Annotated[int, Field(ge=0, le=2**40)] = 0
+    """no fragment may be older than this (`sync` runs: one version a step)"""
+    known: Annotated[list[Hop], Field(max_length=MAX_HOPS)] = []
+    """who has done, or is doing, the rest of it: they answer without doing it again"""
+
+    @property
+    def key(self) -> tuple[str, int, int]:
+        return self.origin, self.number, self.start
+
+    @property
+    def tokens(self) -> int:
+        return self.sequences * self.length
+
+
+class Gradient(Strict):
+    """The answer. The body: the gradient of what was sent (none where only the loss was wanted, or at fragment 0)."""
+
+    loss: Annotated[float, Field(ge=0, le=1e6)]
+    """mean over the microbatch, nats a token"""
+    path: Annotated[list[Hop], Field(min_length=1, max_length=MAX_HOPS)]
+    """from the peer that answers to the one that computed the loss"""
+    inside_s: Seconds = 0.0
+    """from the moment the request was there until the answer was: what is beyond it was spent on the way"""
+    service_s: Seconds = 0.0
+    """computing at this peer alone"""
+    waited_s: Seconds = 0.0
+    """for this peer's processor"""
+    queue: Annotated[int, Field(ge=0, le=10**6)] = 0
+    """microbatches at this peer that wait for its processor"""
+    crowded: Annotated[float, Field(ge=0, le=1e6)] = 0.0
+    """waiting over computing at the most crowded peer of the path: the origin sends fewer at once where it is large"""
+
+    def check(self, microbatch: Microbatch, peer_id: str, num_fragments: int) -> None:
+        """The path begins with who answers and covers all that was asked for. Raises BadMessage."""
+        edges = [(hop.start, hop.end) for hop in self.path]
+        joined = all(one[1] == other[0] for one, other in pairwise(edges))
+        complete = edges[0][0] == microbatch.start and edges[-1][1] == num_fragments
+        if self.path[0].peer_id != peer_id or not joined or not complete or any(a >= b for a, b in edges):
+            raise BadMessage("an answer whose path is none")
+
+
+class Working(Strict):
+    """Told to whoever asked, now and then until the answer: "I am at it", and who does the rest, as far as known."""
+
+    origin: PeerIdText
+    number: Number
+    start: FragmentIndex
+    path: Annotated[list[Hop], Field(max_length=MAX_HOPS)] = []
+
+
+class Verdict(Strict):
+    """From a microbatch's origin to each peer of its path: it is done, add your gradients; or forget it."""
+
+    number: Number
+    start: FragmentIndex
+    end: FragmentEnd
+    """0-length is impossible; `end` must be what that peer did"""
+    done: bool
+
+
+class Verdicts(Strict):
+    verdicts: Annotated[list[Verdict], Field(min_length=1, max_length=256)]
+
+
+def below(path: Sequence[Hop], fragment: int) -> list[Hop]:
+    """The hops of a path from this boundary on; none where no hop begins there."""
+    starts = [hop.start for hop in path]
+    return list(path[starts.index(fragment):]) if fragment in starts else []

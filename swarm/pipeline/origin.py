@@ -1,0 +1,147 @@
+"""The origin of microbatches: draws text, sends it down the chain, and says which peers' gradients count.
+
+Several microbatches are under way at once, so that computing and links overlap. How many is the origin's credit: one
+more while no peer of the path has microbatches waiting for its processor, one fewer where they wait for longer than
+they take. That keeps queues short everywhere without any peer being told how fast the others are, and it bounds the
+memory of all of them, and how old weights get between forward and backward.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import defaultdict, deque
+from collections.abc import Callable
+
+import torch
+
+from swarm.errors import NetworkError
+from swarm.pipeline.chain import AGAIN_S, Calls, Chain
+from swarm.pipeline.messages import Gradient, Verdict, Verdicts
+
+VERDICT_S = 5.0
+VERDICT_TRIES = 6
+CROWDED, IDLE = 1.5, 0.5
+"""waiting over computing at the most crowded peer of a path"""
+RECENT = 8
+"""microbatches between two changes of the credit"""
+
+log = logging.getLogger(__name__)
+
+
+class Credit:
+    """How many microbatches may be under way."""
+
+    def __init__(self, *, first: int = 2, largest: int) -> None:
+        self.now = min(first, largest)
+        self._largest = largest
+        self._seen: deque[float] = deque(maxlen=RECENT)
+
+    def learn(self, crowded: float) -> None:
+        self._seen.append(crowded)
+        if len(self._seen) < RECENT:
+            return
+        usual = sorted(self._seen)[RECENT // 2]
+        if usual > CROWDED and self.now > 1:
+            self.now -= 1
+        elif usual < IDLE and self.now < self._largest:
+            self.now += 1
+        else:
+            return
+        self._seen.clear()
+
+
+class Origin:
+    """`draw()` returns token ids [sequences, length]; `on_done(loss, tokens)` is called for each microbatch that is
+    done everywhere. Lives on the network's event loop."""
+
+    def __init__(
+        self, me: str, chain: Chain, calls: Calls, *, draw: Callable[[], torch.Tensor], first_number: int,
+        largest_credit: int, on_done: Callable[[float, int], None] = lambda loss, tokens: None,
+    ) -> None:
+        """`first_number`: beyond any that this identity has used before."""
+        self._me, self._chain, self._calls, self._draw, self._on_done = me, chain, calls, draw, on_done
+        self.credit = Credit(largest=largest_credit)
+        self._number = first_number
+        self._running: set[asyncio.Task[None]] = set()
+        self._telling: set[asyncio.Task[None]] = set()
+        self.lost_tokens = 0
+        """of fragments of peers that could not be told that a microbatch is done"""
+
+    async def run(self, *, until: Callable[[], bool]) -> None:
+        """Keep the credit used until told to stop; then wait for what is under way."""
+        while not until():
+            while len(self._running) < self.credit.now and not until():
+                self._start(self._draw())
+            done, _ = await asyncio.wait(self._running, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()  # a bug of ours must not pass for a peer that is slow
+        await self.finish()
+
+    async def step(self, microbatches: list[torch.Tensor], *, version: int) -> float:
+        """`sync` runs: all of these, once every fragment is at `version`. Returns the mean loss."""
+        losses = await asyncio.gather(*(self._one(tokens, version=version) for tokens in microbatches))
+        return sum(losses) / len(losses)
+
+    async def finish(self) -> None:
+        while self._running or self._telling:
+            await asyncio.wait(self._running | self._telling)
+
+    def _start(self, tokens: torch.Tensor) -> None:
+        async def one() -> None:
+            await self._one(tokens)
+
+        task = asyncio.ensure_future(one())
+        self._running.add(task)
+        task.add_done_callback(self._running.discard)
+
+    async def _one(self, tokens: torch.Tensor, *, version: int = 0) -> float:
+        """One microbatch, until it is done. Only the end of this peer keeps it from that."""
+        number, self._number = self._number, self._number + 1
+        while True:
+            try:
+                answer = await self._chain.begin_own(number, tokens, version=version)
+                break
+            except NetworkError as error:
+                log.info("microbatch %d: %s; trying again", number, error)
+                await asyncio.sleep(AGAIN_S)
+        self.credit.learn(answer.crowded)
+        verdicts = self._verdicts(number, answer)
+        await self._chain.judge(self._me, verdicts.pop(self._me, []))
+        telling = [self._tell(peer_id, theirs, tokens.numel()) for peer_id, theirs in verdicts.items()]
+        if version:
+            await asyncio.gather(*telling)
+        else:
+            for words in telling:
+                task = asyncio.ensure_future(words)
+                self._telling.add(task)
+                task.add_done_callback(self._telling.discard)
+        self._on_done(answer.loss, tokens.numel())
+        return answer.loss
+
+    def _verdicts(self, number: int, answer: Gradient) -> dict[str, list[Verdict]]:
+        """One peer for each fragment."""
+        verdicts: defaultdict[str, list[Verdict]] = defaultdict(list)
+        for hop in answer.path:
+            verdicts[hop.peer_id].append(Verdict(number=number, start=hop.start, end=hop.end, done=True))
+        return verdicts
+
+    async def _tell(self, peer_id: str, verdicts: list[Verdict], tokens: int) -> None:
+        """It must hear of it as long as it lives: until then its gradients wait."""
+        words = Verdicts(verdicts=verdicts).model_dump()
+        for attempt in range(VERDICT_TRIES):
+            try:
+                header, _ = await self._calls.call(peer_id, "verdicts", words, deadline_s=VERDICT_S)
+                if header.get("missing"):
+                    log.warning("%s had forgotten a microbatch that is done", peer_id[-6:])
+                    break
+                return
+            except NetworkError:
+                await asyncio.sleep(AGAIN_S * 2**attempt)
+        self.lost_tokens += tokens * sum(verdict.end - verdict.start for verdict in verdicts)
+
+    async def stop(self) -> None:
+        tasks = [*self._running, *self._telling]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,0 +1,147 @@
+"""Which peer next, and where to hand over: a peer's own estimates of the others, from what it has asked them itself.
+
+The next peer is the one where the microbatch is expected to be through first (join the shortest expected queue), so work
+is shared in proportion to speed without anybody measuring anything beforehand. Random and sticky paths end at the same
+loss (measured), so only speed counts. Nothing a peer says of its speed is believed beyond its own next microbatches:
+times are taken on the sender's clock, and what is said about queues only adds to them.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+RECENT = 0.2
+"""weight of the newest sample in a running mean"""
+FIRST_SERVICE_S = 0.1
+"""of a fragment, before anything was measured"""
+FIRST_BAN_S, LONGEST_BAN_S = 1.0, 60.0
+SAMPLE = 16
+"""candidates that are compared; of more, so many at random (the power of two choices, and some)"""
+
+
+@dataclass(frozen=True)
+class Holder:
+    """A peer that could go on with a microbatch at any fragment of [first, end)."""
+
+    peer_id: str
+    first: int
+    end: int
+
+
+@dataclass
+class Estimate:
+    """What this peer knows of another one."""
+
+    service_s: float | None = None
+    """computing, a fragment: forward and backward"""
+    link_s: float = 0.0
+    """a microbatch and its gradient on the way"""
+    queue: int = 0
+    """waiting there, by its last answer"""
+    outstanding: int = 0
+    """sent there by this peer and not answered"""
+    failures: int = 0
+    """in a row"""
+    banned_until: float = float("-inf")
+
+
+class Router:
+    """`clock` in seconds. Not thread-safe: it lives on the network's event loop."""
+
+    def __init__(self, *, clock: Callable[[], float], rng: random.Random) -> None:
+        self._clock, self._rng = clock, rng
+        self._estimates: dict[str, Estimate] = {}
+
+    def of(self, peer_id: str) -> Estimate:
+        return self._estimates.setdefault(peer_id, Estimate())
+
+    def choose(self, holders: Sequence[Holder], fragment: int, *, excluded: Sequence[str] = ()) -> Holder | None:
+        """Who is expected to be through with the stage that begins at `fragment` first, a fragment; None: nobody is
+        left. A peer that has failed is left alone for a while, ever longer, but is better than nobody."""
+        able = [h for h in holders if h.first <= fragment < h.end and h.peer_id not in excluded]
+        if len(able) > SAMPLE:
+            able = self._rng.sample(able, SAMPLE)
+        now = self._clock()
+        free = [h for h in able if self.of(h.peer_id).banned_until <= now]
+        if not free:
+            return min(able, key=lambda h: self.of(h.peer_id).banned_until, default=None)
+        order = self._rng.sample(free, len(free))  # of equals anyone
+        return min(order, key=lambda h: self.expected_s(h, fragment) / (h.end - fragment))
+
+    def expected_s(self, holder: Holder, fragment: int) -> float:
+        """Until `holder` has done its fragments from this one on, if it got a microbatch now."""
+        known = self.of(holder.peer_id)
+        before = max(known.queue, known.outstanding)
+        return known.link_s + (1 + before) * self._service_s(known) * (holder.end - fragment)
+
+    def leave_at(
+        self, holders: Sequence[Holder], *, start: int, end: int, queue: int, service_s: float, num_fragments: int
+    ) -> int:
+        """The boundary in (start, end] at which this peer hands over: early where it is busier than those after it.
+
+        `end`: of its own stage; `queue`: microbatches that wait here; `service_s`: its own time a fragment."""
+        if start + 1 >= end:
+            return end
+        usual_s = self._usual_s()
+
+        def total_s(boundary: int) -> float:
+            own_s = (1 + queue) * service_s * (boundary - start)
+            if boundary == num_fragments:
+                return own_s
+            after = self.choose(holders, boundary)
+            if after is None:
+                return float("inf")
+            return own_s + self.expected_s(after, boundary) + usual_s * (num_fragments - after.end)
+
+        return min(range(end, start, -1), key=total_s)
+
+    def asked(self, peer_id: str) -> None:
+        self.of(peer_id).outstanding += 1
+
+    def answered(
+        self, peer_id: str, *, fragments: int, total_s: float, inside_s: float, service_s: float, queue: int
+    ) -> None:
+        """`total_s` on our clock; the others as the answer says, of which only plausible parts count."""
+        known = self.of(peer_id)
+        known.outstanding -= 1
+        known.failures, known.banned_until = 0, float("-inf")
+        known.queue = queue
+        inside_s = min(inside_s, total_s)
+        sample_s = min(service_s, inside_s) / max(1, fragments)
+        first = known.service_s is None
+        known.service_s = sample_s if known.service_s is None else known.service_s + RECENT * (sample_s - known.service_s)
+        link_s = total_s - inside_s
+        known.link_s = link_s if first else known.link_s + RECENT * (link_s - known.link_s)
+
+    def failed(self, peer_id: str) -> None:
+        """It is gone, or silent, or broke the protocol."""
+        known = self.of(peer_id)
+        known.outstanding -= 1
+        known.banned_until = self._clock() + min(FIRST_BAN_S * 2**known.failures, LONGEST_BAN_S)
+        known.failures += 1
+
+    def refused(self, peer_id: str) -> None:
+        """It is alive and said no, as when it has too much to do: no fault, but others come first for a moment."""
+        known = self.of(peer_id)
+        known.outstanding -= 1
+        known.queue += 1
+
+    def withdrawn(self, peer_id: str) -> None:
+        """The answer is not wanted any more."""
+        self.of(peer_id).outstanding -= 1
+
+    def forget(self, alive: Sequence[str]) -> None:
+        """Drop peers that are neither alive nor waited for."""
+        for peer_id in [p for p, known in self._estimates.items() if p not in alive and not known.outstanding]:
+            if self._estimates[peer_id].banned_until <= self._clock():
+                del self._estimates[peer_id]
+
+    def _service_s(self, known: Estimate) -> float:
+        return self._usual_s() if known.service_s is None else known.service_s
+
+    def _usual_s(self) -> float:
+        measured = [known.service_s for known in self._estimates.values() if known.service_s is not None]
+        return statistics.median(measured) if measured else FIRST_SERVICE_S

@@ -1,0 +1,57 @@
+"""A microbatch on the wire: token ids, then hidden states (or their gradient) in blocks of 8 or 4 bits, or as fp32.
+
+    body = token ids (2 bytes each, 4 where the vocabulary is larger) | encoded values
+
+Token ids travel with the activation, so that whoever holds the last fragment knows the targets; they cost a thousandth
+of the values. int8 in blocks both ways costs nothing that could be measured (DESIGN 7); a gradient is quantised like an
+activation, each block by its own maximum, so its size does not matter.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from swarm.averaging import codec
+from swarm.averaging.layout import BLOCK
+from swarm.errors import BadMessage
+
+WIDE_VOCABULARY = 2**16
+
+
+def encode_tokens(tokens: torch.Tensor, *, vocabulary: int) -> bytes:
+    """`tokens`: int64 [sequences, length]."""
+    if vocabulary <= WIDE_VOCABULARY:
+        return tokens.to(torch.int32).to(torch.uint16).numpy().tobytes()
+    return tokens.to(torch.int32).numpy().tobytes()
+
+
+def decode_tokens(data: bytes, shape: tuple[int, int], *, vocabulary: int) -> torch.Tensor:
+    """int64 [sequences, length]; raises BadMessage on a wrong size, or on an id that the model does not have."""
+    if len(data) != tokens_bytes(shape, vocabulary=vocabulary):
+        raise BadMessage("token ids of a wrong size", why=f"{len(data)} bytes for {shape[0]} x {shape[1]} ids")
+    dtype = torch.uint16 if vocabulary <= WIDE_VOCABULARY else torch.int32
+    tokens = torch.frombuffer(bytearray(data), dtype=dtype).to(torch.int64).view(shape)
+    if int(tokens.max()) >= vocabulary or int(tokens.min()) < 0:
+        raise BadMessage("a token id that the model does not have", why=f"its vocabulary is {vocabulary}")
+    return tokens
+
+
+def tokens_bytes(shape: tuple[int, int], *, vocabulary: int) -> int:
+    return shape[0] * shape[1] * (2 if vocabulary <= WIDE_VOCABULARY else 4)
+
+
+def encode_values(values: torch.Tensor, bits: int) -> bytes:
+    """`values`: fp32 of any shape, on the CPU. Raises PeerRefused where one is not finite."""
+    flat = values.detach().reshape(-1)
+    rest = -len(flat) % BLOCK
+    return codec.encode(torch.cat([flat, flat.new_zeros(rest)]) if rest else flat, 0, bits)
+
+
+def decode_values(data: bytes, shape: tuple[int, ...], bits: int) -> torch.Tensor:
+    """fp32 of this shape. Raises BadMessage on a wrong size, or on what is no number."""
+    numel = torch.Size(shape).numel()
+    return codec.decode(data, -(-numel // BLOCK), 0, bits)[:numel].view(shape)
+
+
+def values_bytes(shape: tuple[int, ...], bits: int) -> int:
+    return codec.encoded_bytes(0, -(-torch.Size(shape).numel() // BLOCK), bits)
