@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Callable
 
 import torch
@@ -21,34 +21,36 @@ from swarm.pipeline.messages import Gradient, Verdict, Verdicts
 
 VERDICT_S = 5.0
 VERDICT_TRIES = 6
-CROWDED, IDLE = 1.5, 0.5
-"""waiting over computing at the most crowded peer of a path"""
-RECENT = 8
-"""microbatches between two changes of the credit"""
+CROWDED, IDLE = 2.5, 1.0
+"""waiting over computing: microbatches come in no order, so a processor that is never idle has one waiting or two"""
+LESS = 0.8
+"""of the credit is left where it was too much"""
 
 log = logging.getLogger(__name__)
 
 
 class Credit:
-    """How many microbatches may be under way."""
+    """How many microbatches may be under way: doubled until somebody is busy, then one more or a fifth less at a time,
+    as TCP does it, after as many answers as were under way."""
 
     def __init__(self, *, first: int = 2, largest: int) -> None:
         self.now = min(first, largest)
-        self._largest = largest
-        self._seen: deque[float] = deque(maxlen=RECENT)
+        self._largest, self._opening = largest, True
+        self._seen: list[float] = []
 
     def learn(self, crowded: float) -> None:
+        """`crowded`: waiting over computing at the most crowded peer of a path."""
         self._seen.append(crowded)
-        if len(self._seen) < RECENT:
+        if len(self._seen) < self.now:
             return
-        usual = sorted(self._seen)[RECENT // 2]
-        if usual > CROWDED and self.now > 1:
-            self.now -= 1
-        elif usual < IDLE and self.now < self._largest:
-            self.now += 1
-        else:
-            return
+        standing = sorted(self._seen)[len(self._seen) // 4]  # bursts wait for each other; a queue that stays does not end
         self._seen.clear()
+        if standing >= IDLE:
+            self._opening = False
+        if standing > CROWDED:
+            self.now = max(1, int(self.now * LESS))
+        elif standing < IDLE:
+            self.now = min(self._largest, 2 * self.now if self._opening else self.now + 1)
 
 
 class Origin:

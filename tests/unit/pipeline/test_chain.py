@@ -5,13 +5,17 @@ from __future__ import annotations
 import asyncio
 import itertools
 import random
+from collections import Counter
 
 import pytest
 import torch
 
+from swarm.errors import BadMessage, PeerRefused
+from swarm.pipeline import chain as chains
+from swarm.pipeline.messages import Hop, Microbatch
 from tests.unit.averaging.simulation import play
 from tests.unit.pipeline.chains import Peer, World, finish, largest_error, sums
-from tests.unit.pipeline.toy import in_one_process, microbatches
+from tests.unit.pipeline.toy import HIDDEN, VOCABULARY, in_one_process, microbatches
 
 
 CUTS = [
@@ -70,5 +74,217 @@ def test_kills_freezes_delays_and_repeated_calls_lose_nothing_and_count_nothing_
         assert sum(len(peer.losses) for peer in origins) == 80
         assert sum(peer.chain.reroutes for peer in world.peers.values()) > 0, "there was trouble"
         assert largest_error(sums(world), wanted) < 1e-5
+
+    play(story())
+
+
+def forwards(world: World) -> Counter[int]:
+    """fragment -> how often it was computed forward, over all peers. Counts from now on."""
+    counts: Counter[int] = Counter()
+    for peer in world.peers.values():
+        real = peer.compute._run
+
+        def counting(key, values, *, start, end, real=real, **more):  # type: ignore[no-untyped-def]
+            counts.update(range(start, end))
+            return real(key, values, start=start, end=end, **more)
+
+        peer.compute._run = counting  # type: ignore[method-assign]
+    return counts
+
+
+def test_activations_cross_each_link_once_each_way() -> None:
+    """Four stages: 2(S-1) = 6 activations a microbatch; through a hub it would be 5(S-1) = 15."""
+    texts = microbatches(6, seed=2)
+
+    async def story() -> None:
+        world = World(4, seed=2)
+        peers = [Peer(world, f"peer{i}", i, i + 1) for i in range(4)]
+        await finish([peers[0].origin(texts)])
+        bytes_of_all = sum(size for *_, size in world.messages)
+        activation = chains.wire.values_bytes((*texts[0].shape, HIDDEN), 32)
+        tokens = chains.wire.tokens_bytes(tuple(texts[0].shape), vocabulary=VOCABULARY)  # type: ignore[arg-type]
+        assert bytes_of_all == 6 * (6 * activation + 3 * tokens)
+        assert all(abs(peers_index(peers, a) - peers_index(peers, b)) == 1 or m.startswith("verdict") for a, b, m, _ in world.messages)
+
+    play(story())
+
+
+def peers_index(peers: list[Peer], peer_id: str) -> int:
+    return [peer.id for peer in peers].index(peer_id)
+
+
+@pytest.mark.parametrize("moment_s", [0.11, 0.16, 0.26, 0.33])
+def test_a_death_is_repaired_by_the_neighbour_above_and_nothing_else_is_done_again(moment_s: float) -> None:
+    """Forward or backward: only the fragment of the dead peer is computed a second time."""
+    tokens = microbatches(1, seed=3)[0]
+    wanted, _ = in_one_process(4, [tokens])
+
+    async def story() -> None:
+        world = World(4, seed=3, delay_s=0.02)
+        peers = [Peer(world, f"peer{i}", i, i + 1) for i in range(4)]
+        spare = Peer(world, "spare", 1, 2)
+        for peer_id in (spare.id, peers[1].id):  # which is slow, so the other one is asked first
+            peers[0].router.asked(peer_id)
+        peers[0].router.answered(spare.id, fragments=1, total_s=9.0, inside_s=9.0, service_s=9.0, queue=0)
+        peers[0].router.answered(peers[1].id, fragments=1, total_s=0.05, inside_s=0.05, service_s=0.05, queue=0)
+        counts = forwards(world)
+        asyncio.get_running_loop().call_later(moment_s, peers[1].kill)
+        origin, until = peers[0].origin([tokens])
+        await origin.run(until=until)
+        assert counts[0] == counts[2] == counts[3] == 1 and 1 <= counts[1] <= 2
+        assert origin.lost_tokens == 0 and peers[0].chain.reroutes == 1
+        assert largest_error(sums(world), wanted) < 1e-5
+
+    play(story())
+
+
+def test_a_frozen_peer_is_passed_over_in_seconds_and_told_to_forget_when_it_is_back() -> None:
+    texts = microbatches(3, seed=4)
+    wanted, _ = in_one_process(2, texts)
+
+    async def story() -> None:
+        world = World(2, seed=4)
+        origin, frozen, other = Peer(world, "a", 0, 1), Peer(world, "b", 1, 2), Peer(world, "c", 1, 2)
+        for peer in (frozen, other):
+            origin.router.asked(peer.id)
+        origin.router.answered(frozen.id, fragments=1, total_s=0.05, inside_s=0.05, service_s=0.05, queue=0)
+        origin.router.answered(other.id, fragments=1, total_s=5.0, inside_s=5.0, service_s=5.0, queue=0)
+        clock = asyncio.get_running_loop().time
+        began = clock()
+        asyncio.get_running_loop().call_later(0.09, frozen.freeze, 30)
+        await finish([origin.origin(texts)])
+        assert clock() - began < chains.SILENT_S + 1.5
+        await asyncio.sleep(40)
+        assert frozen.compute.in_flight > 0, "it has done what it was asked for, and nobody will say that it counts"
+        await asyncio.sleep(chains.FORGET_S)
+        await frozen.chain.forget_old()
+        assert frozen.compute.in_flight == 0
+        assert largest_error(sums(world), wanted) < 1e-5
+
+    play(story())
+
+
+def test_asking_twice_is_asking_once() -> None:
+    texts = microbatches(10, seed=5)
+    wanted, _ = in_one_process(3, texts)
+
+    async def story() -> None:
+        world = World(3, seed=5, twice=1.0)
+        peers = [Peer(world, f"peer{i}", i, i + 1) for i in range(3)]
+        counts = forwards(world)
+        await finish([peers[0].origin(texts)])
+        assert counts == {0: 10, 1: 10, 2: 10}
+        assert largest_error(sums(world), wanted) < 1e-5
+
+    play(story())
+
+
+def test_microbatches_are_under_way_together() -> None:
+    """Three stages of 50 ms each way, links of 100 ms: one after the other would take 0.7 s each."""
+    texts = microbatches(40, seed=6)
+
+    async def story() -> None:
+        world = World(3, seed=6, delay_s=0.1)
+        peers = [Peer(world, f"peer{i}", i, i + 1) for i in range(3)]
+        clock = asyncio.get_running_loop().time
+        began = clock()
+        origin, until = peers[0].origin(texts, credit=16)
+        await origin.run(until=until)
+        took_s = clock() - began
+        bound_s = 40 * 2 * 0.05  # a forward and a backward of the busiest peer
+        assert origin.credit.now > 2 and took_s < 1.6 * bound_s
+
+    play(story())
+
+
+def test_a_loss_can_be_asked_for_without_learning() -> None:
+    tokens = microbatches(1, seed=7)[0]
+    _, losses = in_one_process(3, [tokens])
+
+    async def story() -> None:
+        world = World(3, seed=7)
+        peers = [Peer(world, f"peer{i}", i, i + 1) for i in range(3)]
+        answer = await peers[0].chain.begin_own(0, tokens, train=False)
+        assert answer.loss == pytest.approx(losses[0], rel=1e-6)
+        await asyncio.sleep(1)
+        assert all(peer.compute.in_flight == 0 for peer in peers)
+        assert all(method != "microbatch's answer" or size == 0 for _, _, method, size in world.messages)
+
+    play(story())
+
+
+def test_where_nobody_holds_the_rest_it_is_said_and_asked_again_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chains, "NOBODY_S", 3.0)
+    tokens = microbatches(1, seed=8)[0]
+    wanted, _ = in_one_process(2, [tokens])
+
+    async def story() -> None:
+        world = World(2, seed=8)
+        alone = Peer(world, "a", 0, 1)
+        with pytest.raises(PeerRefused, match="nobody holds fragment 1"):
+            await alone.chain.begin_own(0, tokens)
+        origin, until = alone.origin([tokens])
+        asyncio.get_running_loop().call_later(10, lambda: Peer(world, "b", 1, 2))
+        await origin.run(until=until)
+        assert largest_error(sums(world), wanted) < 1e-5
+
+    play(story())
+
+
+def test_strangers_are_refused_before_anything_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def story() -> None:
+        world = World(3, seed=9)
+        peer = Peer(world, "peer", 1, 3)
+        asked = Microbatch(origin="B" * 20, number=1, start=1, sequences=2, length=6, bits=32, back_bits=32)
+        with pytest.raises(PeerRefused, match="fragment 0 is not held here"):
+            await peer.chain.serve(asked.model_copy(update={"start": 0}), b"", asker="B" * 20)
+        for body in (b"", b"x" * 1000):
+            with pytest.raises(BadMessage):
+                await peer.chain.serve(asked, body, asker="B" * 20)
+        assert peer.compute.in_flight == 0 and not peer.chain._entries
+        monkeypatch.setattr(chains, "MAX_IN_FLIGHT", 0)
+        with pytest.raises(PeerRefused, match=chains.BUSY):
+            await peer.chain.serve(asked, b"", asker="B" * 20)
+
+    play(story())
+
+
+def test_an_answer_that_lies_about_its_path_is_not_taken() -> None:
+    tokens = microbatches(1, seed=10)[0]
+    wanted, _ = in_one_process(2, [tokens])
+
+    async def story() -> None:
+        world = World(2, seed=10)
+        origin, liar = Peer(world, "a", 0, 1), Peer(world, "b", 1, 2)
+        honest = liar.answer
+
+        async def lie(asker: str, method: str, header: dict[str, object], body: bytes) -> tuple[dict[str, object], bytes]:
+            answer, data = await honest(asker, method, header, body)
+            if method == "microbatch":
+                answer = answer | {"path": [Hop(peer_id=origin.id, start=1, end=2).model_dump()]}
+            return answer, data
+
+        liar.answer = lie  # type: ignore[method-assign, assignment]
+        asyncio.get_running_loop().call_later(4, lambda: Peer(world, "honest", 1, 2))
+        await finish([origin.origin([tokens])])
+        assert largest_error(sums(world), wanted) < 1e-5, "the liar's part was done by another"
+        assert liar.compute.tokens(1) == 0
+
+    play(story())
+
+
+def test_a_version_that_does_not_come_is_not_waited_for_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chains, "NOBODY_S", 2.0)
+    tokens = microbatches(1, seed=11)[0]
+
+    async def story() -> None:
+        world = World(1, seed=11)
+        peer = Peer(world, "a", 0, 1)
+        at = [0]
+        peer.chain._is_ready = lambda start, end, version: at[0] >= version
+        with pytest.raises(PeerRefused, match="version 3 did not come"):
+            await peer.chain.begin_own(0, tokens, version=3)
+        asyncio.get_running_loop().call_later(1, at.__setitem__, 0, 3)
+        assert (await peer.chain.begin_own(0, tokens, version=3)).loss > 0
 
     play(story())

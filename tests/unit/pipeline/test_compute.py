@@ -1,0 +1,139 @@
+"""Forward and backward on one stage: which weights a backward uses, and when gradients count."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from swarm.pipeline.compute import StageCompute
+from tests.unit.pipeline.toy import Toy, fragments_of, in_one_process, microbatches
+
+NUM = 3
+
+
+def held(first: int, end: int) -> tuple[StageCompute, dict[str, torch.nn.Parameter]]:
+    stage = Toy(NUM)
+    fragments = {i: f for i, f in fragments_of(NUM).items() if first <= i < end}
+    parameters = dict(stage.model.named_parameters())
+    names = [t.name for f in fragments.values() for t in f.tensors]
+    own = {name: parameters[name] for name in names}
+    return StageCompute(stage, fragments, own), own  # type: ignore[arg-type]
+
+
+def through(stages: list[StageCompute], key: int, tokens: torch.Tensor, cuts: list[int]) -> float:
+    """One microbatch down the stages and back, its gradients left to wait."""
+    values = tokens
+    for stage, start, end in zip(stages[:-1], cuts, cuts[1:], strict=False):
+        values = stage.forward(key, values, start=start, end=end, tokens=tokens.numel())
+    loss, gradient = stages[-1].loss(key, values, tokens, start=cuts[-2], end=cuts[-1])
+    for stage in reversed(stages[:-1]):
+        gradient = stage.backward(key, gradient)
+    return loss
+
+
+def test_two_stages_make_the_gradients_of_one_process() -> None:
+    texts = microbatches(5, seed=3)
+    wanted, losses = in_one_process(NUM, texts)
+    stages = [held(0, 1)[0], held(1, 3)[0]]
+    found = [through(stages, key, tokens, [0, 1, 3]) for key, tokens in enumerate(texts)]
+    assert found == pytest.approx(losses, rel=1e-6)
+    for stage in stages:
+        for key in range(5):
+            stage.commit(key)
+        for fragment in stage.fragments:
+            assert stage.tokens(fragment) == 5 * texts[0].numel()
+            gradients, tokens = stage.take(fragment)
+            for name, values in gradients.items():
+                torch.testing.assert_close(values * tokens, wanted[name], rtol=1e-5, atol=1e-5)
+
+
+def test_a_microbatch_may_use_a_part_of_the_stage() -> None:
+    tokens = microbatches(1, seed=4)[0]
+    wanted, _ = in_one_process(NUM, [tokens])
+    whole, middle = held(0, 3)[0], held(1, 2)[0]
+    values = whole.forward("a", tokens, start=0, end=1, tokens=tokens.numel())
+    values = middle.forward("a", values, start=1, end=2, tokens=tokens.numel())
+    _, gradient = whole.loss("b", values, tokens, start=2, end=3)
+    whole.backward("a", middle.backward("a", gradient))
+    for stage, key in ((whole, "a"), (whole, "b"), (middle, "a")):
+        stage.commit(key)
+    assert [whole.tokens(f) for f in range(3)] == [tokens.numel(), 0, tokens.numel()]
+    for stage, fragment in ((whole, 0), (middle, 1), (whole, 2)):
+        gradients, count = stage.take(fragment)
+        assert gradients and all(torch.allclose(v * count, wanted[n], rtol=1e-5, atol=1e-5) for n, v in gradients.items())
+
+
+def test_the_backward_uses_the_weights_of_its_forward() -> None:
+    """Steps and rounds come between; what they write goes to new memory while a graph needs the old one."""
+    texts = microbatches(2, seed=5)
+    wanted, _ = in_one_process(NUM, texts[:1])
+    stages, parameters = zip(held(0, 1), held(1, 3), strict=True)
+    values = stages[0].forward(0, texts[0], start=0, end=1, tokens=texts[0].numel())
+    before = {name: p.detach().clone() for name, p in parameters[0].items()}
+    stages[0].before_write()
+    with torch.no_grad():
+        for parameter in parameters[0].values():
+            parameter.add_(1.0)
+    later = stages[0].forward(1, texts[1], start=0, end=1, tokens=texts[1].numel())
+    assert not torch.allclose(later, held(0, 1)[0].forward(1, texts[1], start=0, end=1, tokens=1)), "moved weights"
+    _, gradient = stages[1].loss(0, values, texts[0], start=1, end=3)
+    stages[0].backward(0, gradient)
+    stages[0].commit(0)
+    gradients, count = stages[0].take(0)
+    for name, found in gradients.items():
+        torch.testing.assert_close(found * count, wanted[name], rtol=1e-5, atol=1e-5)
+        assert torch.equal(parameters[0][name], before[name] + 1.0), "and the working weights are the moved ones"
+
+
+def test_weights_are_not_copied_where_no_graph_needs_them() -> None:
+    stage, parameters = held(0, 3)
+    tokens = microbatches(1, seed=6)[0]
+    places = {name: p.data_ptr() for name, p in parameters.items()}
+    stage.before_write()
+    stage.loss(0, tokens, tokens, start=0, end=3)
+    stage.before_write()
+    assert {name: p.data_ptr() for name, p in parameters.items()} == places
+    stage.forward(1, tokens, start=0, end=2, tokens=tokens.numel())
+    stage.forget(1)
+    stage.before_write()
+    assert {name: p.data_ptr() for name, p in parameters.items()} == places
+    stage.forward(2, tokens, start=0, end=2, tokens=tokens.numel())
+    stage.before_write()
+    assert {p.data_ptr() for p in parameters.values()}.isdisjoint(places.values())
+
+
+def test_what_is_forgotten_leaves_nothing() -> None:
+    stage, _ = held(0, 3)
+    tokens = microbatches(1, seed=7)[0]
+    stage.loss("done", tokens, tokens, start=0, end=3)
+    stage.forward("half", tokens, start=0, end=1, tokens=tokens.numel())
+    assert stage.in_flight == 2
+    for key in ("done", "half", "never"):
+        stage.forget(key)
+    assert stage.in_flight == 0 and stage.tokens(0) == 0 and stage.take(0) == ({}, 0)
+    with pytest.raises(KeyError):
+        stage.commit("done")
+
+
+def test_a_loss_alone_keeps_nothing_and_is_the_same() -> None:
+    stage, parameters = held(0, 3)
+    tokens = microbatches(1, seed=8)[0]
+    loss, gradient = stage.loss(0, tokens, tokens, start=0, end=3, keep=False)
+    assert gradient is None and stage.in_flight == 0
+    assert stage.loss(1, tokens, tokens, start=0, end=3)[0] == loss == in_one_process(NUM, [tokens])[1][0]
+    stage.forward(2, tokens, start=0, end=1, tokens=1, keep=False)
+    assert stage.in_flight == 1 and all(p.grad is None for p in parameters.values())
+
+
+def test_the_mean_is_by_tokens() -> None:
+    stage, _ = held(0, 3)
+    texts = [*microbatches(1, seed=9, sequences=1), *microbatches(1, seed=10, sequences=4)]
+    wanted, _ = in_one_process(NUM, texts)
+    for key, tokens in enumerate(texts):
+        stage.loss(key, tokens, tokens, start=0, end=3)
+        stage.commit(key)
+    gradients, count = stage.take(2)
+    assert count == sum(tokens.numel() for tokens in texts)
+    for name, values in gradients.items():
+        torch.testing.assert_close(values, wanted[name] / count, rtol=1e-5, atol=1e-7)
+    assert stage.tokens(2) == 0 and stage.tokens(1) == count

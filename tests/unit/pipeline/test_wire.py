@@ -1,0 +1,71 @@
+"""Token ids and activations as bytes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from swarm.errors import BadMessage, PeerRefused
+from swarm.pipeline import wire
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 3), (2, 7, 64), (4, 128, 96), (1, 1, 1)])
+def test_fp32_comes_through_as_it_is(shape: tuple[int, ...]) -> None:
+    values = torch.randn(shape)
+    data = wire.encode_values(values, 32)
+    assert torch.equal(wire.decode_values(data, shape, 32), values)
+    assert len(data) == wire.values_bytes(shape, 32)
+
+
+@pytest.mark.parametrize(("bits", "levels"), [(8, 127), (4, 7)])
+@pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
+def test_fewer_bits_are_off_by_half_a_quantum(bits: int, levels: int, scale: float) -> None:
+    values = torch.randn(2, 33, 48) * scale
+    data = wire.encode_values(values, bits)
+    found = wire.decode_values(data, (2, 33, 48), bits)
+    assert float((found - values).abs().max()) <= float(values.abs().max()) / levels * 0.51
+    assert len(data) == wire.values_bytes((2, 33, 48), bits) < values.numel() * bits / 8 * 1.2
+
+
+def test_quantising_takes_out_no_bias() -> None:
+    values = torch.randn(64, 256)
+    errors = wire.decode_values(wire.encode_values(values, 8), (64, 256), 8) - values
+    assert abs(float(errors.mean())) < 3 * float(errors.std()) / values.numel() ** 0.5
+
+
+def test_what_is_no_number_is_not_sent() -> None:
+    with pytest.raises(PeerRefused):
+        wire.encode_values(torch.tensor([1.0, float("nan")]), 8)
+
+
+@pytest.mark.parametrize("bits", [4, 8, 32])
+def test_values_of_a_wrong_size_are_refused(bits: int) -> None:
+    data = wire.encode_values(torch.randn(2, 300), bits)
+    for wrong in (data[:-1], data + b"x", b""):
+        with pytest.raises(BadMessage):
+            wire.decode_values(wrong, (2, 300), bits)
+
+
+def test_an_activation_that_is_no_number_is_refused() -> None:
+    data = torch.full((1, 256), float("inf")).numpy().tobytes()
+    with pytest.raises(BadMessage):
+        wire.decode_values(data, (1, 256), 32)
+
+
+@pytest.mark.parametrize(("vocabulary", "bytes_each"), [(257, 2), (65536, 2), (65537, 4), (250_000, 4)])
+def test_token_ids_come_through(vocabulary: int, bytes_each: int) -> None:
+    tokens = torch.tensor([[0, 1, vocabulary - 1], [5, vocabulary // 2, 2]])
+    data = wire.encode_tokens(tokens, vocabulary=vocabulary)
+    assert len(data) == 6 * bytes_each == wire.tokens_bytes((2, 3), vocabulary=vocabulary)
+    assert torch.equal(wire.decode_tokens(data, (2, 3), vocabulary=vocabulary), tokens)
+
+
+def test_token_ids_that_the_model_lacks_are_refused() -> None:
+    data = wire.encode_tokens(torch.tensor([[3, 300]]), vocabulary=400)
+    with pytest.raises(BadMessage, match="vocabulary is 300"):
+        wire.decode_tokens(data, (1, 2), vocabulary=300)
+    negative = torch.tensor([[-1, 2]], dtype=torch.int32).numpy().tobytes()
+    with pytest.raises(BadMessage, match="does not have"):
+        wire.decode_tokens(negative, (1, 2), vocabulary=100_000)
+    with pytest.raises(BadMessage, match="wrong size"):
+        wire.decode_tokens(data, (2, 2), vocabulary=300)
