@@ -134,11 +134,6 @@ class Chain:
 
     # -- what others ask --------------------------------------------------------------------------------------------
 
-    @property
-    def max_body(self) -> int:
-        """bytes of the largest request that can be meant"""
-        return 2**28
-
     async def on_microbatch(self, link: Link, header: dict[str, Any], body: bytes) -> Answer:
         microbatch = records.parse(Microbatch, header)
         return await self.serve(microbatch, body, asker=link.peer_id)

@@ -1,0 +1,76 @@
+"""The chain's calls over this peer's links, and who could be called: the directory's living holders."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from swarm.errors import PeerRefused
+from swarm.network import records
+from swarm.network.directory import Directory
+from swarm.network.endpoint import Endpoint
+from swarm.network.link import Answer, Link
+from swarm.network.records import Status
+from swarm.pipeline.chain import Chain
+from swarm.pipeline.messages import Verdicts, Working
+from swarm.pipeline.routing import Holder
+
+MAX_BODY_BYTES = 2**28
+
+
+class LinkCalls:
+    """Calls by way of the endpoint, which dials where there is no link yet."""
+
+    def __init__(self, endpoint: Endpoint, directory: Directory) -> None:
+        self._endpoint, self._directory = endpoint, directory
+
+    async def call(
+        self, peer_id: str, method: str, header: dict[str, Any], body: bytes = b"", *, deadline_s: float,
+        max_answer: int = 0,
+    ) -> Answer:
+        maddrs = self._directory.maddrs(peer_id)
+        return await self._endpoint.call(
+            peer_id, method, header, body, deadline_s=deadline_s, max_answer=max_answer, maddrs=maddrs
+        )
+
+    async def notify(self, peer_id: str, method: str, header: dict[str, Any], *, deadline_s: float) -> None:
+        maddrs = self._directory.maddrs(peer_id)
+        await self._endpoint.notify(peer_id, method, header, deadline_s=deadline_s, maddrs=maddrs)
+
+
+def serve(chain: Chain, endpoint: Endpoint) -> None:
+    """From now on others may send microbatches here."""
+
+    async def on_microbatch(link: Link, header: dict[str, Any], body: bytes) -> Answer:
+        return await chain.on_microbatch(link, header, body)
+
+    async def on_working(link: Link, header: dict[str, Any], body: bytes) -> Answer:
+        chain.on_working(link.peer_id, records.parse(Working, header))
+        return {}, b""
+
+    async def on_verdicts(link: Link, header: dict[str, Any], body: bytes) -> Answer:
+        verdicts = records.parse(Verdicts, header).verdicts
+        return {"missing": await chain.judge(link.peer_id, verdicts)}, b""
+
+    endpoint.on("microbatch", on_microbatch, max_body=MAX_BODY_BYTES)
+    endpoint.on("working", on_working)
+    endpoint.on("verdicts", on_verdicts)
+
+
+def refuse(endpoint: Endpoint) -> None:
+    """This peer takes no microbatches (any more)."""
+
+    async def no(link: Link, header: dict[str, Any], body: bytes) -> Answer:
+        raise PeerRefused("this peer takes no microbatches")
+
+    endpoint.on("microbatch", no, max_body=MAX_BODY_BYTES)
+
+
+def holders(alive: Mapping[str, Status]) -> list[Holder]:
+    """The stages of these peers, as their statuses tell; a peer that leaves gets nothing new."""
+    found = []
+    for peer_id, status in alive.items():
+        held = [index for index, head in enumerate(status.heads) if head is not None]
+        if held and not status.leaving and held[-1] - held[0] + 1 == len(held):
+            found.append(Holder(peer_id, held[0], held[-1] + 1))
+    return found

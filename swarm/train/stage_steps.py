@@ -1,0 +1,48 @@
+"""Inner steps of a stage's fragments, from the gradients that microbatches have left there.
+
+A fragment takes a step after its own quota of tokens, whoever sent them: as many as an inner step of a whole peer has.
+In `sync` runs there is no inner step, and what was learnt goes on to averaging as it comes.
+"""
+
+from __future__ import annotations
+
+from swarm.averaging.averager import Averager
+from swarm.averaging.outer import learning_rate
+from swarm.config import RunConfig
+from swarm.pipeline.compute import StageCompute
+from swarm.train.inner import InnerOptimizer
+
+
+class StageSteps:
+    """On the training thread only."""
+
+    def __init__(self, run: RunConfig, inner: InnerOptimizer, compute: StageCompute, averager: Averager) -> None:
+        self._run, self._inner, self._compute, self._averager = run, inner, compute, averager
+        self._sync = run.averaging.mode == "sync"
+        self._quota = 1 if self._sync else run.train.batch_sequences * run.train.sequence_length
+        self.shares = 0.0
+        """tokens trained here, each counted by the share of the fragments that were: over all peers of a microbatch
+        they add up to its tokens"""
+
+    def take_due(self) -> None:
+        """A step of each fragment that has its quota."""
+        self._take(self._quota)
+
+    def take_rest(self) -> None:
+        """A step from whatever there is: this peer leaves."""
+        self._take(1)
+
+    def _take(self, quota: int) -> None:
+        for fragment in self._compute.fragments:
+            if self._compute.tokens(fragment) < quota:
+                continue
+            gradients, tokens = self._compute.take(fragment)
+            if self._sync:
+                self._averager.trained_fragment(fragment, tokens, gradients)
+            else:
+                self._compute.before_write()
+                rate = learning_rate(self._run, self._averager.estimated_tokens())
+                if not self._inner.step_fragment(fragment, gradients, rate):
+                    continue
+                self._averager.trained_fragment(fragment, tokens)
+            self.shares += tokens / self._run.fragments
