@@ -88,7 +88,7 @@ def compare(name: str, edges: tuple[int, ...], *, prefix: int = 0) -> None:
     Each stage works on values that know nothing of the one before, as at another peer."""
     import torch
 
-    from swarm.model.build import untie
+    from swarm.model.skeleton import untie
     from swarm.model.stage import Stage
 
     whole = make(name)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from swarm.errors import ConfigError
-from swarm.model.build import untie
+from swarm.model.skeleton import untie
 from swarm.model.fragments import cut, find_blocks
 from swarm.model.stage import Stage
 
