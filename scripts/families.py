@@ -4,7 +4,8 @@
     scripts/families.py            writes swarm/model/FAMILIES.md
     scripts/families.py NAME ...   tries some, and says why one does not work
 
-A family works if three chained stages give the logits and gradients of the whole model to the last bit. With a prefix:
+A family works if three chained stages give the logits and gradients of the whole model to the last bit, and so does one
+stage that is entered and left at the same blocks. With a prefix:
 also under a 4D mask that lets the first tokens see each other.
 """
 
@@ -85,46 +86,55 @@ def make(name: str, *, device: str = "cpu", **changes: Any) -> Any:
 def compare(name: str, edges: tuple[int, ...], *, prefix: int = 0) -> None:
     """Raises AssertionError, or whatever else goes wrong, unless chained stages with these edges are the whole model.
 
-    Each stage works on values that know nothing of the one before, as at another peer."""
+    Twice: cut there, each working on values that know nothing of the one before, as at another peer; and as one stage
+    that holds all blocks and is entered and left there."""
     import torch
 
-    from swarm.model.build import untie
+    from swarm.model.skeleton import untie
     from swarm.model.stage import Stage
 
     whole = make(name)
     untie(whole)
-    stages = [Stage(copy.deepcopy(whole), start, end) for start, end in itertools.pairwise(edges)]
+    spans = list(itertools.pairwise(edges))
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(3, SIZES["vocab_size"], (BATCH, LENGTH), generator=generator)
     mask = prefix_mask(prefix) if prefix else None
+    cut = [Stage(copy.deepcopy(whole), start, end) for start, end in spans]
+    all_blocks = Stage(copy.deepcopy(whole), 0, BLOCKS)
     logits = whole(input_ids=ids, attention_mask=mask, use_cache=False).logits
     if prefix:
         causal = whole(input_ids=ids, use_cache=False).logits
         assert not torch.equal(causal[:, :prefix], logits[:, :prefix]), "the model does not heed the mask"
     loss_of(logits, ids).backward()
+    wanted = dict(whole.named_parameters())
 
+    for stages in (cut, [all_blocks] * len(spans)):
+        values = chain(list(zip(stages, spans, strict=True)), ids, mask)
+        assert torch.equal(values, logits), f"logits differ by up to {float((values - logits).abs().max()):.2g}"
+        held = [(key, parameter) for stage in dict.fromkeys(stages) for key, parameter in stage.held()]
+        assert sorted(key for key, _ in held) == sorted(wanted), "a parameter is in no stage, or in two"
+        for key, parameter in held:
+            if wanted[key].grad is None:
+                assert parameter.grad is None or not parameter.grad.any(), f"a gradient of {key} from nowhere"
+            else:
+                assert parameter.grad is not None and torch.equal(parameter.grad, wanted[key].grad), f"gradient of {key}"
+
+
+def chain(steps: list[tuple[Any, tuple[int, int]]], ids: Any, mask: Any = None) -> Any:
+    """Forward and backward through stages, each for the blocks beside it. Returns the logits."""
     entered: list[Any] = []
     left: list[Any] = []
     values = ids
-    for stage in stages:
-        if not stage.is_first:
+    for stage, (start, end) in steps:
+        if start > 0:
             values = values.detach().requires_grad_()
             entered.append(values)
-        values = stage(values, attention_mask=mask)
+        values = stage(values, start=start, end=end, attention_mask=mask)
         left.append(values)
-    assert torch.equal(values, logits), f"logits differ by up to {float((values - logits).abs().max()):.2g}"
     loss_of(values, ids).backward()
     for before, after in zip(reversed(left[:-1]), reversed(entered), strict=True):
         before.backward(after.grad)
-
-    wanted = dict(whole.named_parameters())
-    held = [(key, parameter) for stage in stages for key, parameter in stage.held()]
-    assert sorted(key for key, _ in held) == sorted(wanted), "a parameter is in no stage, or in two"
-    for key, parameter in held:
-        if wanted[key].grad is None:
-            assert parameter.grad is None or not parameter.grad.any(), f"a gradient of {key} from nowhere"
-        else:
-            assert parameter.grad is not None and torch.equal(parameter.grad, wanted[key].grad), f"gradient of {key}"
+    return values
 
 
 def prefix_mask(prefix: int) -> Any:

@@ -6,6 +6,7 @@ Everything that can be wrong with one ends here in a ConfigError that says what 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -99,12 +100,37 @@ def read_config(folder: Path) -> dict[str, Any]:
     return values
 
 
+def match_folder(source: str, config: PreTrainedConfig) -> None:
+    """Check that the weights in this folder are of the run's model, and set in `config` whether they are tied: the
+    file's word and not the run's, since a tied file holds no head and the run's config is untied. Raises ConfigError.
+    """
+    stored = read_config(Path(source).expanduser())
+    theirs = from_values(stored) if stored["model_type"] == config.model_type else None
+    if theirs is None or theirs.num_hidden_layers != config.num_hidden_layers:
+        layers = "" if theirs is None else f" with {theirs.num_hidden_layers} layers"
+        raise ConfigError(
+            f"the weights in {source} are of another model",
+            why=f"they are {stored['model_type']}{layers}, the run trains {config.model_type}"
+            f" with {config.num_hidden_layers}",
+            do="use the folder that the run was made from",
+        )
+    config.tie_word_embeddings = theirs.tie_word_embeddings
+
+
+def do_not_fit(source: str, names: Sequence[str]) -> ConfigError:
+    return ConfigError(
+        f"the weights in {source} do not fit the run's model",
+        why=f"{len(names)} tensors are missing or have another shape, the first is {min(names)}",
+        do="use the folder that the run was made from",
+    )
+
+
 def not_valid(error: Exception) -> ConfigError:
     do = "check model_type and the sizes in model.config, or in the config.json of model.source"
     return ConfigError("the model config is not valid", why=one_line(error), do=do)
 
 
-def hub_error(source: str, error: OSError) -> ConfigError:
+def hub_error(source: str, error: Exception) -> ConfigError:
     return ConfigError(
         f"cannot load the model {source!r}",
         why=one_line(error),

@@ -7,13 +7,14 @@ The head is always untied from the embedding: they may lie in different fragment
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     PreTrainedConfig,
@@ -25,14 +26,16 @@ from swarm.errors import ConfigError
 from swarm.model.architecture import (
     INVALID,
     architecture,
-    from_values,
+    do_not_fit,
     hub_error,
     is_folder,
-    not_valid,
+    match_folder,
     one_line,
     read_config,
 )
+from swarm.model.draw import draw
 from swarm.model.fragments import embedding_rows
+from swarm.model.skeleton import allocate, never_set, ready_to_train, skeleton_of, tensors, untie
 
 _auto: Any = AutoModelForCausalLM  # its methods have no types
 
@@ -85,11 +88,18 @@ def build_model(
         model = _initialise(config, run.seed)
     else:
         model = _load(source, config, revision=None if weights_from else run.model.revision)
-    nn.Module.to(model, dtype=torch.float32)
-    model.config.use_cache = False  # a cache of keys and values is memory that training never reads
     untie(model)
+    ready_to_train(model)
     if getattr(config, "is_decoder", None) is False:
-        _check_causal(model)
+        call: Any = model
+        check_causal(lambda ids: call(input_ids=ids).logits, model)
+        model.train()
+    check_vocabulary(model, run, tokenizer_size)
+    return model
+
+
+def check_vocabulary(model: PreTrainedModel, run: RunConfig, tokenizer_size: int | None) -> None:
+    """Raises ConfigError where the tokenizer has more tokens than the model. It may be on the meta device."""
     needed = tokenizer_size or (BYTES_VOCABULARY if run.tokenizer == "bytes" else 0)
     rows = embedding_rows(model)
     if rows < needed:
@@ -98,18 +108,27 @@ def build_model(
             why=f"vocab_size is {rows}, the tokenizer {run.tokenizer!r} has {needed} tokens",
             do=f"set vocab_size to {needed} or more in model.config, or use the model's own tokenizer",
         )
-    model.train()
-    return model
 
 
 def _initialise(config: PreTrainedConfig, seed: int) -> PreTrainedModel:
-    # devices=[] and the CPU's own generator: torch.manual_seed would also reseed every GPU, for good
+    model, tied = skeleton_of(copy.deepcopy(config))
+    filled = allocate(model)
+    draw(model, seed)
+    if never_set(model, filled):
+        return _construct(config, seed)
+    if tied is not None:
+        values = dict(tensors(model))
+        with torch.no_grad():
+            values[tied[0]].copy_(values[tied[1]])
+    return model
+
+
+def _construct(config: PreTrainedConfig, seed: int) -> PreTrainedModel:
+    """For the few families (openai-gpt, apertus) that leave some values as their constructors set them: only the whole
+    model can be made."""
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.default_generator.manual_seed(seed)
-        try:
-            model: PreTrainedModel = _auto.from_config(config, dtype=torch.float32)
-        except INVALID as error:
-            raise not_valid(error) from None
+        model: PreTrainedModel = _auto.from_config(config, dtype=torch.float32)
     return model
 
 
@@ -117,18 +136,7 @@ def _load(source: str, config: PreTrainedConfig, *, revision: str | None) -> Pre
     folder = is_folder(source)
     path = str(Path(source).expanduser()) if folder else source
     if folder:
-        stored = read_config(Path(path))
-        theirs = from_values(stored) if stored["model_type"] == config.model_type else None
-        if theirs is None or theirs.num_hidden_layers != config.num_hidden_layers:
-            layers = "" if theirs is None else f" with {theirs.num_hidden_layers} layers"
-            raise ConfigError(
-                f"the weights in {source} are of another model",
-                why=f"they are {stored['model_type']}{layers}, the run trains {config.model_type}"
-                f" with {config.num_hidden_layers}",
-                do="use the folder that the run was made from",
-            )
-        # the file's word and not the run's: a tied file holds no head, and the run's config is untied
-        config.tie_word_embeddings = theirs.tie_word_embeddings
+        match_folder(source, config)
     try:
         model, info = _auto.from_pretrained(
             path,
@@ -148,35 +156,26 @@ def _load(source: str, config: PreTrainedConfig, *, revision: str | None) -> Pre
         {*info["missing_keys"], *(key[0] if isinstance(key, tuple) else key for key in info["mismatched_keys"])}
     )
     if wrong:
-        raise ConfigError(
-            f"the weights in {source} do not fit the run's model",
-            why=f"{len(wrong)} tensors are missing or have another shape, the first is {wrong[0]}",
-            do="use the folder that the run was made from",
-        )
+        raise do_not_fit(source, wrong)
     assert isinstance(model, PreTrainedModel)
     return model
 
 
-def untie(model: PreTrainedModel) -> None:
-    """Give the head weights of its own. Equal ones, so that nothing changes until it is trained."""
-    head: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
-    if head is None:
-        return
-    embedding: Any = model.get_input_embeddings()
-    if head.weight is embedding.weight:
-        head.weight = nn.Parameter(head.weight.detach().clone())
-    # both, or save_pretrained and generate would tie it again
-    model.config.tie_word_embeddings = False
-    model.all_tied_weights_keys = {}
+def check_causal(
+    call: Callable[[torch.Tensor], torch.Tensor], model: PreTrainedModel, hidden_size: int | None = None
+) -> None:
+    """BERT and its like look ahead unless is_decoder is set. Training them would look splendid.
 
-
-def _check_causal(model: PreTrainedModel) -> None:
-    """BERT and its like look ahead unless is_decoder is set. Training them would look splendid."""
+    `call`: token ids [2, 2], or hidden states [2, 2, hidden_size], to values for each token. Leaves `model` in eval
+    mode. Raises ConfigError where the first token sees the second.
+    """
     model.train(False)
-    call: Any = model
+    inputs = torch.tensor([[1, 2], [1, 3]])
+    if hidden_size is not None:
+        inputs = torch.sin(inputs[..., None] * torch.arange(1, hidden_size + 1))  # any values, the first ones equal
     with torch.no_grad():
-        logits = call(input_ids=torch.tensor([[1, 2], [1, 3]])).logits[:, 0]
-    if not torch.allclose(logits[0], logits[1], atol=1e-4):
+        found = call(inputs)[:, 0]
+    if not torch.allclose(found[0], found[1], atol=1e-4):
         raise ConfigError(
             f"this {model.config.model_type} model is not a causal language model",
             why="its first token sees the second one",

@@ -13,7 +13,8 @@ Works on the meta device: a stage that is cut there and filled later never holds
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -34,12 +35,15 @@ class Stage(nn.Module):
         if not 0 <= start < end <= num_blocks:
             raise ConfigError(f"there are no blocks {start} to {end}", why=f"the model has {num_blocks}")
         self.start, self.end, self.num_blocks = start, end, num_blocks
-        _drop_around(model, prefix, first=self.is_first, last=self.is_last)
         blocks: Any = model.get_submodule(prefix)
-        for index in range(num_blocks):
-            if not start <= index < end:
-                blocks[index] = _Skipped(blocks[index])
-        blocks[start].register_forward_pre_hook(_unwrap_input, with_kwargs=True)
+        before, after = _around(model, prefix)
+        self._skipped = [_Swap(blocks, str(index), _Skipped(blocks[index])) for index in range(num_blocks)]
+        self._no_embedding = [swap for name in before for swap in _swaps(model, name)]
+        self._no_head = [swap for name in after for swap in _swaps(model, name)]
+        for swap in self._left_out(start, end):
+            swap.table[swap.key] = swap.stand_in
+        for index in range(start, end):  # any of them may be the first of a call
+            blocks[index].register_forward_pre_hook(_unwrap_input, with_kwargs=True)
         self.model = model
 
     @property
@@ -51,26 +55,67 @@ class Stage(nn.Module):
         return self.end == self.num_blocks
 
     def forward(
-        self, values: torch.Tensor, *, attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
+        self, values: torch.Tensor, *, start: int | None = None, end: int | None = None,
+        attention_mask: torch.Tensor | None = None, position_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """`values`: token ids [batch, length] for the first stage, else hidden states [batch, length, hidden].
-        Returns hidden states, or logits [batch, length, vocabulary] from the last stage.
+        """`values`: token ids [batch, length] where block 0 is the first, else hidden states [batch, length, hidden].
+        Returns hidden states, or logits [batch, length, vocabulary] where the model's last block is the last.
 
+        `start`, `end`: only blocks [start, end) of those held, as a stage of these would (all held by default). The
+        modules are swapped during the call: one call at a time.
         `attention_mask`: [batch, length], or [batch, 1, length, length] for what is not causal; the same in all stages.
+        Raises ValueError where the blocks are not held.
         """
-        inputs = {"input_ids" if self.is_first else "inputs_embeds": values}
+        start, end = self.start if start is None else start, self.end if end is None else end
+        if not self.start <= start < end <= self.end:
+            raise ValueError(f"blocks {start} to {end} are not all held: this stage has {self.start} to {self.end}")
+        inputs = {"input_ids" if start == 0 else "inputs_embeds": values}
         if attention_mask is not None:
             inputs["attention_mask"] = attention_mask
         if position_ids is not None:
             inputs["position_ids"] = position_ids
-        whole: Any = self.model if self.is_last else self.model.base_model
-        found = whole(**inputs, use_cache=False, return_dict=True)
-        return _first(found.logits if self.is_last else found[0])
+        is_last = end == self.num_blocks
+        whole: Any = self.model if is_last else self.model.base_model
+        with _swapped(self._left_out(start, end)):
+            found = whole(**inputs, use_cache=False, return_dict=True)
+        return _first(found.logits if is_last else found[0])
 
     def held(self) -> Iterable[tuple[str, nn.Parameter]]:
         """(name in the whole model, parameter)"""
         return self.model.named_parameters()
+
+    def _left_out(self, start: int, end: int) -> list[_Swap]:
+        """What to replace so that the model is blocks [start, end)."""
+        blocks = [swap for index, swap in enumerate(self._skipped) if not start <= index < end]
+        before = self._no_embedding if start > 0 else []
+        return blocks + before + (self._no_head if end < self.num_blocks else [])
+
+
+class _Swap:
+    """A place in a model, by module and key, and what stands there where a stage does not hold what belongs there."""
+
+    def __init__(self, parent: nn.Module, key: str, stand_in: nn.Module | None) -> None:
+        self.parent, self.key, self.stand_in = parent, key, stand_in
+
+    @property
+    def table(self) -> dict[str, Any]:
+        """Where the parent keeps it. A parameter of the parent's own has None as stand-in."""
+        modules: dict[str, Any] = self.parent._modules
+        return self.parent._parameters if self.stand_in is None else modules
+
+
+@contextmanager
+def _swapped(swaps: Iterable[_Swap]) -> Iterator[None]:
+    """Other modules in these places for a while. The dictionaries are written to, and not the attributes: so it also
+    works within functional_call, whose parameters are plain tensors, and no name or order changes."""
+    before = [(swap, swap.table[swap.key]) for swap in swaps]
+    try:
+        for swap, _ in before:
+            swap.table[swap.key] = swap.stand_in
+        yield
+    finally:
+        for swap, held in before:
+            swap.table[swap.key] = held
 
 
 class _Skipped(nn.Module):
@@ -101,18 +146,6 @@ class _Nothing(nn.Module):
         return torch.zeros(())
 
 
-def _drop_around(model: PreTrainedModel, prefix: str, *, first: bool, last: bool) -> None:
-    """Replace what comes before the blocks, and what comes after, where the stage does not hold it."""
-    before, after = _around(model, prefix)
-    embedding = model.get_input_embeddings()
-    for name in before if not first else []:
-        module = model.get_submodule(name)
-        adds = isinstance(module, nn.Embedding) and module is not embedding
-        _replace(model, name, _Nothing() if adds else _PassOn())
-    for name in after if not last else []:
-        _replace(model, name, _PassOn())
-
-
 def _around(model: PreTrainedModel, prefix: str) -> tuple[list[str], list[str]]:
     """Names of the modules outside the blocks that change values: (those that run before them, those that run after).
 
@@ -131,14 +164,14 @@ def _around(model: PreTrainedModel, prefix: str) -> tuple[list[str], list[str]]:
     return before, after
 
 
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    dropped = model.get_submodule(name)
-    if any(True for _ in dropped.children()):  # those are replaced one by one
-        for key, _ in list(dropped.named_parameters(recurse=False)):
-            setattr(dropped, key, None)
-        return
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
+def _swaps(model: PreTrainedModel, name: str) -> list[_Swap]:
+    """What takes the place of a module outside the blocks in a stage that does not hold it."""
+    module = model.get_submodule(name)
+    if any(True for _ in module.children()):  # those are replaced one by one
+        return [_Swap(module, key, None) for key, _ in module.named_parameters(recurse=False)]
+    parent, _, key = name.rpartition(".")
+    adds = isinstance(module, nn.Embedding) and module is not model.get_input_embeddings()
+    return [_Swap(model.get_submodule(parent), key, _Nothing() if adds else _PassOn())]
 
 
 def _unwrap_input(

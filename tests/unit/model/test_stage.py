@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import re
 import sys
@@ -11,13 +12,15 @@ import pytest
 import torch
 
 from swarm.errors import ConfigError
-from swarm.model.build import untie
 from swarm.model.fragments import cut, find_blocks
+from swarm.model.skeleton import untie
 from swarm.model.stage import Stage
 
 sys.path.insert(0, str(Path(__file__).parents[3] / "scripts"))
 import families
 
+Span = tuple[int, int]
+IDS = torch.arange(3, 21).reshape(2, 9)
 DOCUMENT = families.DOCUMENT.read_text(encoding="utf-8")
 
 
@@ -94,3 +97,77 @@ def test_dropout_around_the_blocks_happens_once() -> None:
     stages[0].train()
     ids = torch.tensor([[3, 4, 5, 6]])
     assert not torch.equal(stages[0](ids), stages[0](ids))
+
+
+OVERLAPS = [
+    [((0, 3), (0, 2)), ((1, 4), (2, 4))],
+    [((0, 4), (0, 1)), ((0, 2), (1, 2)), ((1, 4), (2, 3)), ((3, 4), (3, 4))],
+    [((0, 2), (0, 2)), ((1, 3), (2, 3)), ((0, 4), (3, 4))],
+]
+"""(blocks held, blocks done) one after the other: peers hold what they have room for, and microbatches change over
+wherever it is quickest"""
+
+
+@pytest.mark.parametrize("steps", OVERLAPS)
+@pytest.mark.parametrize("name", ["gptj", "gpt2", "opt", "bert", "qwen3_moe", "gemma2"])
+def test_overlapping_stages_are_entered_and_left_anywhere(name: str, steps: list[tuple[Span, Span]]) -> None:
+    whole = families.make(name)
+    untie(whole)
+    stages = [Stage(copy.deepcopy(whole), *held) for held, _ in steps]
+    logits = whole(input_ids=IDS, use_cache=False).logits
+    families.loss_of(logits, IDS).backward()
+    found = families.chain([(stage, span) for stage, (_, span) in zip(stages, steps, strict=True)], IDS)
+    assert torch.equal(found, logits)
+    for key, parameter in whole.named_parameters():
+        there = [dict(stage.held())[key].grad for stage in stages if key in dict(stage.held())]
+        once = [gradient for gradient in there if gradient is not None and gradient.any()]
+        if parameter.grad is None or not parameter.grad.any():
+            assert not once, key
+        else:
+            assert len(once) == 1 and torch.equal(once[0], parameter.grad), key
+
+
+def test_a_call_leaves_the_stage_as_it_was() -> None:
+    stage = Stage(families.make("gpt2"), 0, 4)
+    before = [(name, id(module)) for name, module in stage.named_modules()]
+    names = [name for name, _ in stage.held()]
+    whole = stage(IDS)
+    hidden = stage(IDS, end=2)
+    assert hidden.shape == (2, 9, 32)
+    assert torch.equal(stage(hidden, start=2), whole) and torch.equal(stage(IDS), whole)
+    with pytest.raises(RuntimeError):
+        stage(torch.zeros(2, 9, 31), start=1, end=3)  # another width: fails somewhere inside
+    assert [(name, id(module)) for name, module in stage.named_modules()] == before
+    assert [name for name, _ in stage.held()] == names
+
+
+@pytest.mark.parametrize("span", [(0, 2), (1, 4), (2, 2), (3, 2)])
+def test_only_blocks_that_are_held_can_be_asked_for(span: Span) -> None:
+    stage = Stage(families.make("llama"), 1, 3)
+    with pytest.raises(ValueError, match="not all held"):
+        stage(torch.zeros(1, 3, 32), start=span[0], end=span[1])
+
+
+@pytest.mark.parametrize("name", ["gptj", "gpt2", "opt", "bert"])
+def test_other_weights_can_be_put_in_for_a_call(name: str) -> None:
+    """The backward of a microbatch uses the weights of its forward: they are given to the call, not written over."""
+    held, other = families.make(name), families.make(name)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(0.1 * torch.sin(torch.arange(parameter.numel(), dtype=torch.float32)).view_as(parameter))
+    for model in (held, other):
+        untie(model)
+    for span in ((0, 4), (0, 2), (1, 3), (2, 4)):
+        stage, wanted = Stage(copy.deepcopy(held), 0, 4), Stage(copy.deepcopy(other), *span)
+        weights = {f"model.{key}": p.detach().clone().requires_grad_() for key, p in other.named_parameters()}
+        values = IDS if span[0] == 0 else torch.sin(torch.arange(2 * 9 * 32, dtype=torch.float32)).view(2, 9, 32)
+        mine = {key: p.detach().clone() for key, p in stage.held()}
+        found = torch.func.functional_call(stage, weights, (values,), {"start": span[0], "end": span[1]})
+        expected = wanted(values)
+        assert torch.equal(found, expected)
+        found.square().sum().backward()
+        expected.square().sum().backward()
+        for key, parameter in wanted.held():
+            gradient = weights[f"model.{key}"].grad
+            assert gradient is None if parameter.grad is None else torch.equal(gradient, parameter.grad), key
+        assert all(torch.equal(p, mine[key]) and p.grad is None for key, p in stage.held()), "the stage's own"

@@ -1,0 +1,76 @@
+"""Building only what a peer holds: consecutive blocks, with what belongs before or after them, and nothing else.
+
+The whole model is made without memory (`skeleton.py`), the tensors that the stage holds become real, read from a
+checkpoint (`weights.py`) or drawn from the run's seed (`draw.py`), and the rest is cut off (`stage.py`). Bit for bit
+what `build_model` gives for those blocks.
+"""
+
+from __future__ import annotations
+
+import copy
+
+from swarm.config import RunConfig
+from swarm.errors import ConfigError
+from swarm.model.architecture import architecture, is_folder, match_folder
+from swarm.model.build import check_causal, check_vocabulary
+from swarm.model.draw import draw
+from swarm.model.skeleton import Skeleton, allocate, never_set, put, skeleton_of, tensors
+from swarm.model.stage import Stage
+from swarm.model.weights import Checkpoint, read
+
+
+def build_stage(
+    run: RunConfig, blocks: tuple[int, int], *, weights_from: str | None = None, tokenizer_size: int | None = None
+) -> Stage:
+    """Blocks [first, one past the last) of the run's model on the CPU: fp32, train mode, no cache, head untied.
+
+    Weights, `tokenizer_size` and errors as in `build_model`; besides, ConfigError where there are no such blocks, and
+    for the few families whose parts cannot be made by themselves. Needs memory for what the stage holds (and its
+    conversions); the last stage of a model with a tied head also, for a moment, for the embedding.
+    """
+    source = weights_from or run.model.source
+    config = architecture(run)
+    if source is not None and is_folder(source):
+        match_folder(source, config)
+    whole = skeleton_of(config)
+    check_vocabulary(whole.model, run, tokenizer_size)
+    held = {name for name, _ in tensors(Stage(copy.deepcopy(whole.model), *blocks).model)}
+    if source is None:
+        _draw(whole, held, run.seed)
+    else:
+        checkpoint = Checkpoint(source, revision=None if weights_from else run.model.revision)
+        put(whole.model, read(checkpoint, whole.model, held, tied=whole.tied))
+        _complete(whole, held, run.seed)
+    stage = Stage(whole.model, *blocks)
+    if getattr(config, "is_decoder", None) is False:
+        check_causal(stage, stage.model, _hidden_size(whole) if not stage.is_first else None)
+    stage.train()
+    return stage
+
+
+def _draw(whole: Skeleton, held: set[str], seed: int) -> None:
+    head, embedding = whole.tied or ("", "")
+    copies = head in held
+    # the head's own values are never drawn: it starts as the embedding, which is drawn for it where it is not held
+    _complete(whole, (held - {head}) | {embedding} if copies else held, seed)
+    if copies:
+        values = dict(tensors(whole.model))[embedding].detach()
+        put(whole.model, {head: values.clone() if embedding in held else values})
+
+
+def _complete(whole: Skeleton, names: set[str], seed: int) -> None:
+    """Make real what is not yet, in no file: random weights, and tables that depend on nothing learnt."""
+    new = allocate(whole.model, names)
+    draw(whole.model, seed)
+    if missing := never_set(whole.model, new):
+        raise ConfigError(
+            f"a part of a {whole.model.config.model_type} model cannot be made by itself",
+            why=f"the library sets {missing[0]} only where it makes the whole model",
+            do="hold the whole model, or use another family, such as gptj, gpt_neox or llama",
+        )
+
+
+def _hidden_size(whole: Skeleton) -> int:
+    size = whole.model.config.get_text_config().hidden_size
+    assert isinstance(size, int)
+    return size
