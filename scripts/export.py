@@ -79,13 +79,20 @@ def from_home(
     held = run_source.hold(config)
     folder = home.run_folder(config.run_id) / "checkpoints"
     saved = checkpoint.load_newest(
-        folder, numels=[layout.numel for layout in held.layouts], num_buffers=len(held.states[0].buffers), warn=say
+        folder, numels={index: layout.numel for index, layout in held.layouts.items()}, num_fragments=config.fragments,
+        num_buffers=len(held.states[0].buffers), warn=say,
     )
     if saved is None:
         raise StateError(
             f"there is no checkpoint of {config.run_id} in {folder}",
             why="a peer writes one each minute and when it leaves",
             do="wait for the first one, or export from the live swarm with --initial-peers",
+        )
+    if len(saved.states) < config.fragments:
+        raise StateError(
+            f"the newest checkpoint in {folder} is not the whole model",
+            why=f"that peer holds {len(saved.states)} of its {config.fragments} fragments; others hold the rest",
+            do="export from the live swarm with --initial-peers",
         )
     return config, held, saved.states
 
@@ -101,7 +108,7 @@ def from_swarm(
         held = run_source.hold(observer.run)
         observer.ask_everybody()
         states = []
-        for index, layout in enumerate(held.layouts):
+        for index, layout in held.layouts.items():
             say(f"fragment {index + 1} of {len(held.layouts)}")
             num_buffers = len(held.states[index].buffers)
             states.append(observer.fetch(index, numel=layout.numel, num_buffers=num_buffers))

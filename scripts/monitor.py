@@ -11,7 +11,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from entry import guarded, start
@@ -19,7 +19,7 @@ from entry import guarded, start
 if TYPE_CHECKING:
     from swarm.observer import Observer, Seen
 
-COLUMNS = "{:<16} {:<11} {:>8} {:>9} {:>7} {:>8}  {}"
+COLUMNS = "{:<16} {:<11} {:>7} {:>8} {:>9} {:>7} {:>8}  {}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -58,13 +58,14 @@ def show(observer: Observer, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def summary(run_id: str, seen: Sequence[Seen], *, num_fragments: int) -> dict[str, Any]:
-    """What --json prints. Its keys are a contract; `tokens` are those in committed rounds."""
+    """What --json prints. Its keys are a contract; `tokens` are those in committed rounds. A peer's `versions` and
+    `digests` have an entry for each fragment, null for those that it does not hold."""
     from swarm.averaging.attestation import ranked
 
     alive = [peer for peer in seen if peer.alive]
     fragments, tokens = [], []
     for index in range(num_fragments):
-        heads = [peer.status.heads[index] for peer in alive if len(peer.status.heads) > index]
+        heads = [head for peer in alive if (head := peer.status.head(index)) is not None]
         newest = ranked(heads)[0] if heads else None
         tokens.append(newest.tokens if newest else 0)
         fragments.append({
@@ -84,8 +85,8 @@ def summary(run_id: str, seen: Sequence[Seen], *, num_fragments: int) -> dict[st
                 "peer_id": peer.peer_id, "name": peer.status.name, "role": peer.status.role,
                 "tokens": peer.status.tokens, "tokens_per_s": round(peer.status.tokens_per_s, 1),
                 "loss": peer.status.loss, "heard_s_ago": round(peer.heard_s_ago, 1), "leaving": peer.status.leaving,
-                "versions": [head.version for head in peer.status.heads],
-                "digests": [head.digest for head in peer.status.heads],
+                "versions": [head.version if head else None for head in peer.status.heads],
+                "digests": [head.digest if head else None for head in peer.status.heads],
             }
             for peer in alive
         ],
@@ -101,13 +102,14 @@ def table(view: dict[str, Any], seen: Sequence[Seen]) -> list[str]:
         f"run {view['run_id']}  peers {view['peers']}  tokens {format_count(view['tokens'])}"
         f"  {format_count(view['tokens_per_s'])} tok/s  loss {loss}",
         "",
-        COLUMNS.format("peer", "role", "tokens", "tok/s", "loss", "heard", "peer id"),
+        COLUMNS.format("peer", "role", "holds", "tokens", "tok/s", "loss", "heard", "peer id"),
     ]
     for peer in seen:
         status = peer.status
         role = status.role if peer.alive and not status.leaving else "leaving" if peer.alive else "silent"
         lines.append(COLUMNS.format(
-            printable(status.name, max_chars=16), role, format_count(status.tokens), format_count(status.tokens_per_s),
+            printable(status.name, max_chars=16), role, span(status.held(), len(view["fragments"])),
+            format_count(status.tokens), format_count(status.tokens_per_s),
             "-" if status.loss is None else f"{status.loss:.3f}", f"{peer.heard_s_ago:.0f} s", peer.peer_id,
         ))
     if not seen:
@@ -121,6 +123,19 @@ def table(view: dict[str, Any], seen: Sequence[Seen]) -> list[str]:
         current = sum(digest in peer["digests"][index:index + 1] for peer in view["peer_list"])
         lines.append(f"{index:>8}  {fragment['version']:>7}  {fragment['holders']:>7}  {current:>15}  {digest[:16]}")
     return lines
+
+
+def span(held: Iterable[int], num_fragments: int) -> str:
+    """Fragments that a peer holds: "all", "1-2", "3", "-" for none."""
+    known = sorted(index for index in held if index < num_fragments)
+    if not known:
+        return "-"
+    if len(known) == num_fragments:
+        return "all"
+    first, last = known[0], known[-1]
+    if last - first + 1 > len(known):  # no peer of ours does so; strangers may say anything
+        return f"{len(known)} of them"
+    return f"{first}-{last}" if last > first else f"{first}"
 
 
 def make_parser() -> argparse.ArgumentParser:

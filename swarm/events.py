@@ -54,9 +54,11 @@ class Progress(Event):
     tokens_per_s: float
     peers: int
     versions: list[int] = field(default_factory=list)
-    """of each fragment"""
+    """of each fragment that this peer holds"""
     bytes_sent: int = 0
     bytes_received: int = 0
+    fragments: list[int] = field(default_factory=list)
+    """which ones those are"""
 
 
 @dataclass(frozen=True)

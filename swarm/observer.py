@@ -178,8 +178,8 @@ class Observer:
         deadline = loop.time() + ATTEST_S
         while True:
             await self._ask(set(directory.alive()), ASK_S)  # versions of the same moment are more likely to agree
-            holders = {key: s for key, s in directory.alive().items() if len(s.heads) > fragment}
-            heads = {peer_id: status.heads[fragment] for peer_id, status in holders.items()}
+            said = {peer_id: status.head(fragment) for peer_id, status in directory.alive().items()}
+            heads = {peer_id: head for peer_id, head in said.items() if head is not None}  # of its holders
             late = loop.time() >= deadline
             for head in ranked(heads.values()):
                 knowing = [peer_id for peer_id, other in heads.items() if other == head]
@@ -192,7 +192,7 @@ class Observer:
                     return head, knowing
             if late:
                 raise StateError(
-                    f"nobody here holds fragment {fragment}", why="no peer that trains has answered",
+                    f"nobody here holds fragment {fragment}", why="no peer that trains it has answered",
                     do="look at the swarm with scripts/monitor.py, or export from a home folder with --home",
                 )
             await asyncio.sleep(0.3)

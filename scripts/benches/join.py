@@ -145,7 +145,7 @@ def state_bytes(run: RunConfig) -> int:
     """Weights and the outer optimizer's state, as they travel to a newcomer."""
     from swarm.train.run_source import hold
 
-    return sum(4 * state.weights.numel() * (1 + len(state.buffers)) for state in hold(run).states)
+    return sum(4 * state.weights.numel() * (1 + len(state.buffers)) for state in hold(run).states.values())
 
 
 def table(result: dict[str, Any]) -> str:

@@ -57,7 +57,7 @@ class Simulation:
     def _peer(self, held: Held, name: str, tokens: torch.Tensor) -> Peer:
         parameters = dict(held.model.named_parameters())
         ledgers = [
-            Ledger(state, Drift(layout, parameters)) for state, layout in zip(held.states, held.layouts, strict=True)
+            Ledger(state, Drift(held.layouts[index], parameters)) for index, state in held.states.items()
         ]
         stream = PackedStream(tokens, sequence_length=self.run.train.sequence_length, seed=self.run.seed, reader=name)
         return Peer(held, InnerOptimizer(held.model, held.fragments, self.run), ledgers, stream, {})

@@ -125,7 +125,7 @@ def encoded_bytes(run: RunConfig) -> int:
 
     return sum(
         codec.encoded_bytes(layout.num_fine_blocks, layout.num_blocks - layout.num_fine_blocks, run.averaging.bits)
-        for layout in hold(run).layouts
+        for layout in hold(run).layouts.values()
     )
 
 

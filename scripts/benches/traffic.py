@@ -157,7 +157,7 @@ class Traffic:
 def parameters_of(run: RunConfig) -> int:
     from swarm.train.run_source import hold
 
-    return sum(layout.num_parameters for layout in hold(run).layouts)
+    return sum(layout.num_parameters for layout in hold(run).layouts.values())
 
 
 def ddp_bytes_per_token(run: RunConfig, num_parameters: int, num_peers: int) -> float:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from swarm.averaging.context import Context
@@ -22,14 +22,19 @@ CATCH_UP_S = 5.0
 
 
 class Answers:
-    def __init__(self, context: Context, fragments: Sequence[HeldFragment], is_serving: Callable[[], bool]) -> None:
-        """`is_serving`: is this peer's own state the swarm's by now?"""
+    def __init__(
+        self, context: Context, fragments: Mapping[int, HeldFragment], is_serving: Callable[[], bool]
+    ) -> None:
+        """`fragments`: those held, by their index in the run; they may change. `is_serving`: is this peer's own state
+        the swarm's by now?"""
         self._context, self._fragments, self._is_serving = context, fragments, is_serving
         self._introducing: asyncio.Task[None] | None = None
 
     def register(self) -> None:
+        """Again whenever a fragment has come: the largest one held bounds what others may send."""
         endpoint = self._context.endpoint
-        largest = max(4 * fragment.applier.layout.numel + 1024 for fragment in self._fragments)
+        numels = [fragment.applier.layout.numel for fragment in self._fragments.values()]
+        largest = 4 * max(numels, default=0) + 1024
         endpoint.on("open", self._on_open)
         endpoint.on("push", self._on_push, max_body=largest)
         endpoint.on("reduce", self._on_reduce)
@@ -44,11 +49,16 @@ class Answers:
 
     def _fragment(self, header: dict[str, Any]) -> HeldFragment:
         index = header.get("fragment")
-        if not isinstance(index, int) or not 0 <= index < len(self._fragments):
+        if type(index) is not int or not 0 <= index < self._context.run.fragments:  # True is an int
             raise BadMessage("there is no such fragment")
         if not self._is_serving():
             raise PeerRefused("this peer is still joining")
-        return self._fragments[index]
+        fragment = self._fragments.get(index)
+        if fragment is None:
+            raise PeerRefused(f"this peer does not hold fragment {index}")
+        if not fragment.ready:
+            raise PeerRefused(f"this peer is still downloading fragment {index}")
+        return fragment
 
     async def _on_open(self, link: Link, header: dict[str, Any], body: bytes) -> Answer:
         invitation = records.parse(Invitation, header)

@@ -30,7 +30,7 @@ class Follower:
 
     def heard(self, fragment: HeldFragment, peer_id: str, head: Head) -> None:
         """A peer says that this is its head."""
-        if self._is_ahead(fragment, head) and not fragment.following:
+        if fragment.ready and self._is_ahead(fragment, head) and not fragment.following:
             fragment.following = True
             self._context.spawn(self._follow(fragment, peer_id, head))
 
@@ -63,16 +63,15 @@ class Follower:
     async def _jump(self, fragment: HeldFragment, peer_id: str) -> bool:
         """Download, where a peer's history does not lead on from ours and outranks it. Meanwhile this peer opens
         no rounds: they would only prolong a history that is about to end."""
-        index, before = fragment.applier.fragment, fragment.ledger.state
+        before = fragment.ledger.state
         status = self._context.directory.alive().get(peer_id)
-        if status is None or len(status.heads) <= index:
-            return False
-        if not outranks(status.heads[index].tokens, status.heads[index].digest, before):
+        head = status.head(fragment.index) if status is not None else None
+        if head is None or not outranks(head.tokens, head.digest, before):
             return False
         if not fragment.downloading:
             fragment.downloading = True
             try:
-                await self._synchroniser.download(index)
+                await self._synchroniser.download(fragment.applier)
             finally:
                 fragment.downloading = False
         return fragment.ledger.state is not before

@@ -1,4 +1,4 @@
-"""All that a peer keeps for one fragment that it holds."""
+"""All that a peer keeps for one fragment that it holds. Which ones it holds may change while it runs."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ class HeldFragment:
     ) -> None:
         sync = context.run.averaging.mode == "sync"
         self.work = Gradients(layout, parameters) if sync else Drift(layout, parameters)
+        self.index = index
         self.ledger = Ledger(state, self.work)
         self.applier = Applier(context, fragment=index, layout=layout, ledger=self.ledger)
         self.rounds = FragmentRounds(context, self.applier)
@@ -37,6 +38,17 @@ class HeldFragment:
         self.retry_at = 0.0
         self.distrusted_until: dict[str, float] = {}
         self.following = self.opening = self.downloading = False
+        self.ready = True
+        """False: it was added and is still being downloaded, or was removed; nothing of it is served or averaged"""
+        self.leaving = False
+        """it is about to be removed: what was learnt goes into a round soon"""
+
+    def trained(self, tokens: int, gradients: Mapping[str, torch.Tensor] | None) -> None:
+        """From the training thread, between two boundaries. `gradients`: `sync` runs only."""
+        if isinstance(self.work, Gradients):
+            assert gradients is not None, "a sync run averages gradients"
+            self.work.add(gradients, tokens)
+        self.ledger.trained(tokens)
 
     def served_states(self) -> list[GlobalState]:
         previous = self.ledger.previous

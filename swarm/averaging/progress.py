@@ -67,9 +67,9 @@ class Progress:
             for peer_id in peers if peer_id in self._entries
         )
 
-    def forget(self, alive: Iterable[str]) -> None:
-        keep = set(alive)
-        self._entries = {peer_id: entry for peer_id, entry in self._entries.items() if peer_id in keep}
+    def forget(self, peer_id: str) -> None:
+        """It does not hold the fragment, or not any more."""
+        self._entries.pop(peer_id, None)
 
 
 def _estimate(entry: _Entry, now: float) -> float:

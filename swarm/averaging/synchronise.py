@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from swarm.averaging.apply import Applier
 from swarm.averaging.attestation import ATTEST_S, who_knows
@@ -28,7 +28,8 @@ log = logging.getLogger(__name__)
 
 
 class Synchroniser:
-    def __init__(self, context: Context, appliers: list[Applier]) -> None:
+    def __init__(self, context: Context, appliers: Callable[[], Iterable[Applier]]) -> None:
+        """`appliers`: of the fragments that this peer holds by now."""
         self._context, self._appliers = context, appliers
         self.on_progress: Callable[[int, int], None] = lambda done, total: None
         """bytes done and in all, of the fragment that is being downloaded"""
@@ -36,27 +37,27 @@ class Synchroniser:
         """some state rests on the word of one peer, because there was no other to ask"""
 
     async def join(self) -> int:
-        """Bring every fragment to the swarm's newest head; returns the number of fragments that were downloaded.
+        """Bring every fragment held to the swarm's newest head; returns the number of fragments that were downloaded.
 
         Raises StateError where a newer head exists and nobody can give it.
         """
-        downloaded = await asyncio.gather(*(self._join(index) for index in range(len(self._appliers))))
-        return sum(downloaded)
+        return sum(await asyncio.gather(*(self.bring_level(applier) for applier in self._appliers())))
 
-    async def _join(self, index: int) -> bool:
-        applier = self._appliers[index]
-        newest = max((head.tokens for head in self._heads(index).values()), default=-1)
+    async def bring_level(self, applier: Applier) -> bool:
+        """Download one fragment where others have more of it, or where our start is not the run's. False: there was no
+        need. Raises StateError."""
+        newest = max((head.tokens for head in self._heads(applier.fragment).values()), default=-1)
         if newest <= applier.ledger.state.tokens and applier.trusted:
             return False
-        await self.download(index)
+        await self.download(applier)
         return True
 
-    async def download(self, index: int) -> None:
+    async def download(self, applier: Applier) -> None:
         """Download the head with most tokens and move over to it, keeping the drift. Raises StateError."""
-        applier = self._appliers[index]
+        index = applier.fragment
         problem: StateError | None = None
         for _ in range(TRIES):
-            head, donors = await self._choose(index)
+            head, donors = await self._choose(applier)
             if applier.trusted and not outranks(head.tokens, head.digest, applier.ledger.state):
                 return
             layout, ledger = applier.layout, applier.ledger
@@ -71,18 +72,20 @@ class Synchroniser:
                 problem = error
                 await asyncio.sleep(0.5)
                 continue
-            absorbed, lost = await self._fates(index, donors, at=state.version)
+            absorbed, lost = await self._fates(applier, donors, at=state.version)
             await applier.adopt(state, absorbed=absorbed, lost=lost)
             return
         assert problem is not None
         raise problem
 
     def _heads(self, index: int) -> dict[str, Head]:
-        alive = self._context.directory.alive()
-        return {peer_id: status.heads[index] for peer_id, status in alive.items() if len(status.heads) > index}
+        """Of those who hold the fragment."""
+        heads = {peer_id: status.head(index) for peer_id, status in self._context.directory.alive().items()}
+        return {peer_id: head for peer_id, head in heads.items() if head is not None}
 
-    async def _choose(self, index: int) -> tuple[Head, list[str]]:
+    async def _choose(self, applier: Applier) -> tuple[Head, list[str]]:
         """A head that two peers attest, of the peer with most tokens, and who knows it. Raises StateError."""
+        index = applier.fragment
         loop = asyncio.get_running_loop()
         deadline = loop.time() + ATTEST_S
         while True:
@@ -91,7 +94,7 @@ class Synchroniser:
                 raise StateError(f"nobody here holds fragment {index}", do="wait for another peer to come back")
             source = min(heads, key=lambda peer_id: (-heads[peer_id].tokens, heads[peer_id].digest))
             try:
-                head = await self._newest_head(index, source)
+                head = await self._newest_head(applier, source)
             except NetworkError as error:
                 if loop.time() > deadline:
                     raise StateError(f"fragment {index}: nobody gives its newest version", why=str(error)) from None
@@ -112,18 +115,17 @@ class Synchroniser:
                 ))
                 return head, knowing
 
-    async def _newest_head(self, index: int, source: str) -> Head:
-        applier = self._appliers[index]
+    async def _newest_head(self, applier: Applier, source: str) -> Head:
         return await newest_head(
-            self._context.endpoint, index, source, numel=applier.layout.numel,
+            self._context.endpoint, applier.fragment, source, numel=applier.layout.numel,
             num_buffers=len(applier.ledger.state.buffers), maddrs=self._context.directory.maddrs,
         )
 
-    async def _fates(self, index: int, donors: list[str], *, at: int) -> tuple[list[str], list[str]]:
+    async def _fates(self, applier: Applier, donors: list[str], *, at: int) -> tuple[list[str], list[str]]:
         """Of own openings: (those of unknown fate that are in the downloaded history, those that were in ours and are
         not in it). `at`: its version; ours may be ahead in rounds and yet behind in tokens. Versions that no donor has
         commits of any more are taken to be common to both."""
-        applier, me = self._appliers[index], self._context.keypair.peer_id
+        me = self._context.keypair.peer_id
         outstanding, recent = applier.ledger.outstanding(), applier.ledger.recent()
         theirs: dict[int, Commit] = {}
         for version in sorted({*outstanding.values(), *recent.values()}, reverse=True):

@@ -54,14 +54,22 @@ class Status(Strict):
     maddrs: Annotated[list[Maddr], Field(max_length=8)] = []
     reach: Reach = ""
     """whether others can dial it: see reachability.py; empty: not known"""
-    heads: Annotated[list[Head], Field(max_length=MAX_FRAGMENTS)] = []
-    """of each fragment, if it holds them; empty: holds none (yet)"""
+    heads: Annotated[list[Head | None], Field(max_length=MAX_FRAGMENTS)] = []
+    """of each fragment of the run, None for those that it does not hold; empty: holds none (yet)"""
     pending: Annotated[list[TokenCount], Field(max_length=MAX_FRAGMENTS)] = []
-    """tokens in its drift, by fragment"""
+    """tokens in its drift, by fragment; 0 for those that it does not hold"""
     tokens: TokenCount = 0
     tokens_per_s: Annotated[float, Field(ge=0, le=1e9)] = 0.0
     loss: Annotated[float, Field(ge=0, le=1e6)] | None = None
     leaving: bool = False
+
+    def head(self, fragment: int) -> Head | None:
+        """None: it does not hold that fragment."""
+        return self.heads[fragment] if fragment < len(self.heads) else None
+
+    def held(self) -> dict[int, Head]:
+        """Fragments that it holds -> their heads."""
+        return {index: head for index, head in enumerate(self.heads) if head is not None}
 
 
 class Contact(Strict):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from swarm.config import PeerConfig, RunConfig
 from swarm.errors import ConfigError, HomeError, JoinError, NetworkError
@@ -20,7 +20,7 @@ from swarm.network.network import Network
 from swarm.network.records import Status
 
 MEET_S = 5.0
-"""how long a newcomer waits for the first word of somebody who has the state"""
+"""how long a newcomer waits for the first word of those who have the state"""
 
 
 class Arrival:
@@ -84,7 +84,7 @@ class Arrival:
         while asyncio.get_running_loop().time() < deadline:
             await asyncio.gather(*(network.directory.tell(peer_id) for peer_id in network.directory.known()))
             alive = network.directory.alive()
-            if not self._answered or any(status.heads for status in alive.values()):
+            if not self._answered or covers(alive.values(), run.fragments):
                 break
             if alive and all(status.role == "rendezvous" for status in alive.values()):
                 break
@@ -128,3 +128,10 @@ class Arrival:
     def _remember(self, maddrs: list[str]) -> None:
         with contextlib.suppress(HomeError):  # a full disk: the address book is a convenience
             self._home.remember(maddrs)
+
+
+def covers(statuses: Iterable[Status], num_fragments: int) -> bool:
+    """Do these peers hold every fragment of the run between them? A newcomer that has not heard of a fragment's holders
+    would take its own start for the newest state."""
+    held = {fragment for status in statuses for fragment in status.held()}
+    return held.issuperset(range(num_fragments))

@@ -4,6 +4,9 @@
     runs/RUN_ID/checkpoints/000042/fragment-000.safetensors   weights, buffer-0...; fp32
     runs/RUN_ID/checkpoints/000042/manifest.json              version, tokens, digest of each fragment; hashes of files
 
+A peer that holds some fragments of the run writes just those, and the manifest says which, of how many. Whoever starts
+again with other ones takes what it still needs of them; the rest comes from other peers.
+
 Written to a folder beside, synced, then renamed: there is never half a checkpoint under its name. The newest three are
 kept and the newest that verifies is loaded; a full disk costs the new checkpoint only. The state's digest is computed
 from what was read and compared, so a flipped bit never gets into the swarm.
@@ -16,7 +19,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,19 +39,25 @@ MAX_MANIFEST_BYTES = 1024 * 1024
 @dataclass(frozen=True)
 class Checkpoint:
     states: list[GlobalState]
+    """of the fragments held, in their order in the run"""
     stream: dict[str, Any] = field(default_factory=dict)
     """where this peer was in its data"""
 
 
-def write(folder: Path, checkpoint: Checkpoint) -> Path:
-    """Write a new checkpoint below `folder`; returns its path. Raises HomeError, with everything older intact."""
+def write(folder: Path, checkpoint: Checkpoint, *, num_fragments: int) -> Path:
+    """Write a new checkpoint below `folder`; returns its path. Raises HomeError, with everything older intact.
+
+    `num_fragments`: of the run; a checkpoint may hold fewer.
+    """
     sequence = max((int(path.name) for path in _all(folder)), default=0) + 1
     target, temporary = folder / f"{sequence:06d}", folder / f".{sequence:06d}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         temporary.mkdir()
-        manifest: dict[str, Any] = {"fragments": [], "files": {}, "stream": checkpoint.stream}
+        manifest: dict[str, Any] = {
+            "num_fragments": num_fragments, "fragments": [], "files": {}, "stream": checkpoint.stream,
+        }
         for state in checkpoint.states:
             name = f"fragment-{state.fragment:03d}.safetensors"
             tensors = {"weights": state.weights, **{f"buffer-{i}": b for i, b in enumerate(state.buffers)}}
@@ -72,21 +81,26 @@ def write(folder: Path, checkpoint: Checkpoint) -> Path:
 
 
 def load_newest(
-    folder: Path, *, numels: list[int], num_buffers: int, warn: Callable[[str], None] = lambda text: None
+    folder: Path, *, numels: Mapping[int, int], num_fragments: int, num_buffers: int,
+    warn: Callable[[str], None] = lambda text: None,
 ) -> Checkpoint | None:
-    """The newest checkpoint that is whole and fits the run; None where there is none. `warn` names each bad one.
+    """The newest checkpoint that is undamaged, fits the run and holds any of these fragments: those of them that it
+    holds. None where there is none. `warn` names each bad one.
 
-    `numels`: length of each fragment's flat vector.
+    `numels`: fragment -> length of its flat vector, of those that this peer holds, of the run's `num_fragments`.
     """
     for path in reversed(_all(folder)):
         try:
-            return _load(path, numels, num_buffers)
+            found = _load(path, numels, num_fragments, num_buffers)
         except (StateError, OSError) as error:
             warn(f"checkpoint {path.name} is damaged and was left out: {error}")
+        else:
+            if found.states:
+                return found
     return None
 
 
-def _load(path: Path, numels: list[int], num_buffers: int) -> Checkpoint:
+def _load(path: Path, numels: Mapping[int, int], num_fragments: int, num_buffers: int) -> Checkpoint:
     with open(path / MANIFEST, "rb") as file:
         text = file.read(MAX_MANIFEST_BYTES)
     try:
@@ -94,13 +108,15 @@ def _load(path: Path, numels: list[int], num_buffers: int) -> Checkpoint:
         entries, files = manifest["fragments"], dict(manifest["files"])
         heads = [(int(e["version"]), int(e["tokens"]), str(e["digest"])) for e in entries]
         indices = [e["fragment"] for e in entries]
-        stream = dict(manifest["stream"])
+        stream, written_of = dict(manifest["stream"]), manifest.get("num_fragments", len(entries))
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise StateError(f"its manifest cannot be read ({error})") from None
-    if indices != list(range(len(numels))):
-        raise StateError("it does not hold the fragments of this run")
+    if written_of != num_fragments or not _are_fragments(indices, num_fragments):  # the first ones held all, unsaid
+        raise StateError("it does not hold fragments of this run")
     states = []
-    for index, (version, tokens, digest) in enumerate(heads):
+    for index, (version, tokens, digest) in zip(indices, heads, strict=True):
+        if index not in numels:
+            continue
         name = f"fragment-{index:03d}.safetensors"
         data = (path / name).read_bytes()
         if hashlib.sha256(data).hexdigest() != files.get(name):
@@ -115,6 +131,12 @@ def _load(path: Path, numels: list[int], num_buffers: int) -> Checkpoint:
                     continue
         raise StateError(f"{name} does not hold the state that the manifest names")
     return Checkpoint(states, stream)
+
+
+def _are_fragments(indices: list[Any], num_fragments: int) -> bool:
+    """Some of the run's, each once and in order."""
+    known = all(type(index) is int and 0 <= index < num_fragments for index in indices)
+    return known and len(indices) > 0 and indices == sorted(set(indices))
 
 
 def _all(folder: Path) -> list[Path]:

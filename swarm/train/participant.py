@@ -18,8 +18,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from swarm.averaging import outer
 from swarm.averaging.averager import Averager
 from swarm.averaging.context import Context
+from swarm.averaging.elsewhere import said_tokens
 from swarm.config import PeerConfig, RunConfig
 from swarm.data.sources import documents
 from swarm.data.stream import PackedStream, tokenise
@@ -75,7 +77,8 @@ class Participant:
         self._saved_stream: dict[str, Any] = {}
         self._leaving = False
         self._folder: Path
-        self._written_tokens = -1
+        self._written: tuple[int, list[int]] | None = None
+        """tokens of the newest checkpoint, and the fragments in it"""
         self._closed = threading.Lock()
 
     # -- join -------------------------------------------------------------------------------------------------------
@@ -112,7 +115,7 @@ class Participant:
             began = time.monotonic()
             if self.held is None:
                 self.held = run_source.hold(self.run)
-            num_parameters = sum(layout.num_parameters for layout in self.held.layouts)
+            num_parameters = sum(layout.num_parameters for layout in self.held.layouts.values())
             plan = plan_memory(num_parameters, device=device, bits=self.run.averaging.bits)
             if not plan.fits:
                 raise SwarmError("this model does not fit", why=plan.text, do="use a machine with more memory")
@@ -128,13 +131,14 @@ class Participant:
         assert self.held is not None
         began = time.monotonic()
         saved = checkpoint.load_newest(
-            self._folder / "checkpoints", numels=[layout.numel for layout in self.held.layouts],
-            num_buffers=len(self.held.states[0].buffers), warn=lambda text: self.bus.emit(Warning(text)),
+            self._folder / "checkpoints", numels={i: layout.numel for i, layout in self.held.layouts.items()},
+            num_fragments=self.run.fragments, num_buffers=outer.num_buffers(self.run),
+            warn=lambda text: self.bus.emit(Warning(text)),
         )
         trusted = run_source.matches_start(self.run, self.held)
         if saved is not None:
-            self.held.states = saved.states
-            trusted = [True] * len(trusted)
+            self.held.states |= {state.fragment: state for state in saved.states}
+            trusted |= {state.fragment: True for state in saved.states}
             self._saved_stream = saved.stream
             run_source.load_states(self.held, saved.states)
         downloaded = self.network.run(self._synchronise(trusted))
@@ -146,7 +150,7 @@ class Participant:
         one = ", on the word of the only one there" if self.averager.synchroniser.attested_by_one else ""
         self._check("state", f"versions {versions}: {origin}{one}", began)
 
-    async def _synchronise(self, trusted: list[bool]) -> int:
+    async def _synchronise(self, trusted: dict[int, bool]) -> int:
         held, network = self.held, self.network
         assert held is not None
         context = Context(
@@ -226,8 +230,7 @@ class Participant:
     def swarm_tokens(self) -> int:
         if self.averager is not None:
             return self.averager.swarm_tokens()
-        alive = self.network.directory.alive().values()
-        return max((min(h.tokens for h in status.heads) for status in alive if status.heads), default=0)
+        return min(said_tokens(self.network.directory.alive().values()).values(), default=0)
 
     def status(self) -> Status:
         """What this peer tells the others."""
@@ -276,18 +279,21 @@ class Participant:
             tokens=trainer.tokens if trainer else 0, swarm_tokens=self.swarm_tokens(), loss=round(loss, 4),
             tokens_per_s=round((trainer.tokens_per_s if trainer else 0.0) + sum(s.tokens_per_s for s in others), 1),
             peers=len(others) + 1, versions=[s.version for s in averager.states()] if averager else [],
+            fragments=averager.held() if averager else [],
             bytes_sent=endpoint.bytes_sent, bytes_received=endpoint.bytes_received,
         ))
 
     def write_checkpoint(self) -> None:
         """Save the global state as it is now; a full disk is a warning, and training goes on."""
-        if self.averager is None or self.averager.swarm_tokens() == self._written_tokens:
+        states = self.averager.states() if self.averager is not None else []
+        newest = (min((state.tokens for state in states), default=-1), [state.fragment for state in states])
+        if not states or newest == self._written:
             return
-        states = self.averager.states()
         try:
             place = self._stream.state() if self._stream else {}
-            checkpoint.write(self._folder / "checkpoints", Checkpoint(states, place))
-            self._written_tokens = min(state.tokens for state in states)
+            folder = self._folder / "checkpoints"
+            checkpoint.write(folder, Checkpoint(states, place), num_fragments=self.run.fragments)
+            self._written = newest
         except HomeError as error:  # not its advice, which is for a peer that starts
             self.bus.emit(Warning(f"a checkpoint was not written, training goes on: {error.what} ({error.why})"))
 
@@ -339,10 +345,13 @@ class Participant:
         self.bus.emit(Check(name, text, round(time.monotonic() - began, 1)))
 
 
-def _needs_us(status: Status, heads: list[Head]) -> bool:
-    """Somebody lacks a round that we are part of, or leaves as well and has not finished, or has finished a round that
+def _needs_us(status: Status, heads: list[Head | None]) -> bool:
+    """Of the fragments that both hold: somebody lacks a round that we are part of, or leaves as well and has not finished, or has finished a round that
     we lack: stay a moment longer. Peers that leave together, as at the end of a run, end with the same weights."""
-    pairs = [(theirs.tokens, ours.tokens) for theirs, ours in zip(status.heads, heads, strict=False)]
+    pairs = [
+        (theirs.tokens, ours.tokens) for theirs, ours in zip(status.heads, heads, strict=False)
+        if theirs is not None and ours is not None
+    ]
     behind, ahead = any(theirs < ours for theirs, ours in pairs), any(theirs > ours for theirs, ours in pairs)
     return behind or (status.leaving and (ahead or any(status.pending)))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,32 +24,33 @@ DEMO = "runs/demo.yaml"
 
 @dataclass
 class Held:
-    """The model as this peer holds it: whole for now, cut into fragments all the same."""
+    """The model as this peer holds it: all of its fragments or some. Mappings are by their index in the run."""
 
     model: Model
     fragments: tuple[FragmentSpec, ...]
-    layouts: list[Layout]
-    states: list[GlobalState]
-    """of each fragment at version 0, as this machine draws or reads them"""
+    """those held"""
+    layouts: dict[int, Layout]
+    states: dict[int, GlobalState]
+    """at version 0, as this machine draws or reads them"""
 
 
 def hold(run: RunConfig, *, weights_from: str | None = None) -> Held:
-    """Build the run's model and cut it. `weights_from`: folder whose weights are the start."""
+    """Build the run's whole model and cut it. `weights_from`: folder whose weights are the start."""
     model = build_model(run, weights_from=weights_from)
     fragments = cut(model, run.fragments)
-    layouts = [layout_of(fragment) for fragment in fragments]
+    layouts = {fragment.index: layout_of(fragment) for fragment in fragments}
     parameters = dict(model.named_parameters())
     num_buffers = outer.num_buffers(run)
-    states = [initial_state(i, layout.flatten(parameters), num_buffers) for i, layout in enumerate(layouts)]
+    states = {i: initial_state(i, layout.flatten(parameters), num_buffers) for i, layout in layouts.items()}
     return Held(model, fragments, layouts, states)
 
 
-def load_states(held: Held, states: list[GlobalState]) -> None:
-    """Set the model's weights to these global states."""
+def load_states(held: Held, states: Iterable[GlobalState]) -> None:
+    """Set the weights of these fragments, which are held, to these global states."""
     parameters = dict(held.model.named_parameters())
     with torch.no_grad():
-        for layout, state in zip(held.layouts, states, strict=True):
-            for name, values in layout.views(state.weights):
+        for state in states:
+            for name, values in held.layouts[state.fragment].views(state.weights):
                 parameters[name].copy_(values)
 
 
@@ -58,14 +60,13 @@ def new_run(file: str | None) -> tuple[RunConfig, Held]:
     run = resolve(draft)
     folder = draft.model.source if run.model.source is None else None
     held = hold(run, weights_from=folder)
-    return dataclasses.replace(run, initial_digests=[state.digest for state in held.states]), held
+    return dataclasses.replace(run, initial_digests=[held.states[i].digest for i in range(run.fragments)]), held
 
 
-def matches_start(run: RunConfig, held: Held) -> list[bool]:
-    """For each fragment: is what this machine drew the start that the run config names?"""
-    if not run.initial_digests:
-        return [True] * len(held.states)
-    return [state.digest == digest for state, digest in zip(held.states, run.initial_digests, strict=True)]
+def matches_start(run: RunConfig, held: Held) -> dict[int, bool]:
+    """For each fragment held: is what this machine drew the start that the run config names?"""
+    named = run.initial_digests
+    return {index: not named or state.digest == named[index] for index, state in held.states.items()}
 
 
 def remember(run: RunConfig, home: Home) -> Path:

@@ -68,7 +68,7 @@ def test_four_peers_agree_and_send_no_more_than_the_codec_says(tmp_path: Path) -
         )
         sent = tcp_bytes(peers) - before
         rounds = sum(version for version, _ in peers[0].heads()) - versions_before
-        layouts = peers[0].participant.held.layouts  # type: ignore[union-attr]
+        layouts = peers[0].participant.held.layouts.values()  # type: ignore[union-attr]
         encoded = sum(
             codec.encoded_bytes(layout.num_fine_blocks, layout.num_blocks - layout.num_fine_blocks, 4)
             for layout in layouts

@@ -8,8 +8,9 @@ is the same each time. Messages are delayed, lost, or arrive twice as late; peer
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import random
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Collection, Coroutine, Iterable
 from typing import Any
 
 import torch
@@ -51,8 +52,10 @@ class Caller:
 
 
 class World:
-    def __init__(self, run: RunConfig, layout: Layout, *, seed: int, loss: float = 0.0, delay_s: float = 0.1) -> None:
-        self.run, self.layout, self.dice = run, layout, random.Random(seed)
+    def __init__(self, run: RunConfig, *layouts: Layout, seed: int, loss: float = 0.0, delay_s: float = 0.1) -> None:
+        """`layouts`: of each fragment of the run."""
+        self.run = dataclasses.replace(run, fragments=len(layouts))
+        self.layouts, self.dice = layouts, random.Random(seed)
         self.loss, self.delay_s = loss, delay_s
         self.peers: dict[str, Peer] = {}
         self.parted: set[frozenset[str]] = set()
@@ -75,27 +78,40 @@ class World:
         self.parted.clear()
 
 
+def start_of(layout: Layout) -> torch.Tensor:
+    """The weights that a fragment begins with, fp32 [numel]; every peer draws the same."""
+    return layout.flatten({
+        slot.name: torch.randn(slot.shape, generator=torch.Generator().manual_seed(3)) for slot in layout.slots
+    })
+
+
 class Peer:
     """Stands in for the endpoint and the directory of one averager."""
 
     bytes_sent = bytes_received = 0
     reach = ""
 
-    def __init__(self, world: World, key: Keypair) -> None:
-        layout = world.layout
-        start = layout.flatten({
-            slot.name: torch.randn(slot.shape, generator=torch.Generator().manual_seed(3)) for slot in layout.slots
-        })
+    def __init__(self, world: World, key: Keypair, holds: Collection[int] | None = None) -> None:
+        """`holds`: fragments that it holds; None: all."""
+        layouts = {i: layout for i, layout in enumerate(world.layouts) if holds is None or i in holds}
+        starts = {i: start_of(layout) for i, layout in layouts.items()}
         self.world, self.id, self.dead = world, key.peer_id, False
         self.events: list[Event] = []
         self.methods: dict[str, Handler] = {}
         self.heard: dict[str, tuple[Status, float]] = {}
         self.met: dict[str, list[str]] = {}
         self.on_status: Callable[[str, Status], None] = lambda peer_id, status: None
-        self.parameters = {name: torch.nn.Parameter(v.clone()) for name, v in layout.views(start)}
+        self.parameters = {
+            name: torch.nn.Parameter(v.clone()) for i, layout in layouts.items() for name, v in layout.views(starts[i])
+        }
         context = Context(world.run, key, self, self, Boundary(), self.events.append)  # type: ignore[arg-type]
-        self.averager = Averager(context, [layout], [initial_state(0, start, 1)], self.parameters)
+        states = {i: initial_state(i, start, 1) for i, start in starts.items()}
+        self.averager = Averager(context, layouts, states, self.parameters)
         self.trained = 0
+        self.trained_in = dict.fromkeys(range(len(world.layouts)), 0)
+        """by fragment, where there are several"""
+        self.untrained: set[int] = set()
+        """fragments that it holds and does not train: it is about to let go of them"""
         self._tasks: list[asyncio.Task[None]] = []
         world.peers[self.id] = self
 
@@ -117,11 +133,25 @@ class Peer:
         dice = random.Random(self.id)
         while True:
             await asyncio.sleep(every_s * dice.uniform(0.5, 1.5))
+            if len(self.world.layouts) > 1:
+                self._train_some(tokens, dice)
+                continue
             with torch.no_grad():
                 for parameter in self.parameters.values():
                     parameter.add_(torch.randn(parameter.shape) * 1e-3)
             self.trained += tokens
             self.averager.trained(tokens)
+
+    def _train_some(self, tokens: int, dice: random.Random) -> None:
+        """One fragment takes its inner step: each does after its own quota."""
+        held = [index for index in self.averager.held() if index not in self.untrained]
+        if held:
+            index = dice.choice(held)
+            with torch.no_grad():
+                for slot in self.world.layouts[index].slots:
+                    self.parameters[slot.name].add_(torch.randn(slot.shape) * 1e-3)
+            self.trained_in[index] += tokens * len(held)
+            self.averager.trained_fragment(index, tokens * len(held))
 
     async def _beat(self) -> None:
         while True:
@@ -143,7 +173,10 @@ class Peer:
 
     @property
     def head(self) -> tuple[int, str, int]:
-        state = self.averager.states()[0]
+        return self.head_of(self.averager.held()[0])
+
+    def head_of(self, fragment: int) -> tuple[int, str, int]:
+        [state] = [state for state in self.averager.states() if state.fragment == fragment]
         return state.version, state.digest, state.tokens
 
     def rounds(self) -> list[Round]:
@@ -154,6 +187,11 @@ class Peer:
     def alive(self) -> dict[str, Status]:
         now = asyncio.get_running_loop().time()
         return {p: status for p, (status, at) in self.heard.items() if now - at < 6 and not self.world.peers[p].dead}
+
+    async def tell(self, peer_id: str) -> None:
+        await asyncio.sleep(self.world.delay_s)
+        if self.world.can_talk(self.id, peer_id):
+            self.world.peers[peer_id].hear(self.id, self.status())
 
     def maddrs(self, peer_id: str) -> list[str]:
         return ["/ip4/127.0.0.1/tcp/1"]

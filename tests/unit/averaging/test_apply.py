@@ -296,7 +296,7 @@ def test_the_loser_of_a_fork_moves_over_and_loses_nothing(peers: list[Peer], was
             a.train(100)
             await consider(commit_of([a, b], [a]), a, b, peers[2])
         assert not await lone.applier.catch_up(a.id), "no commits lead from here to there"
-        await Synchroniser(lone.context, [lone.applier]).download(0)
+        await synchroniser(lone).download(lone.applier)
         assert lone.head == a.head == b.head
         absorbed = 30 if was_in_the_other else 0
         assert lone.ledger.pending_tokens == lone.trained - absorbed
@@ -307,6 +307,10 @@ def test_the_loser_of_a_fork_moves_over_and_loses_nothing(peers: list[Peer], was
         assert not lone.applier.history.knows(1, "0" * 64) and lone.applier.history.knows(*a.head)
 
     play(scene())
+
+
+def synchroniser(peer: Peer) -> Synchroniser:
+    return Synchroniser(peer.context, lambda: [peer.applier])
 
 
 @pytest.mark.parametrize("alone", [2, 5])
@@ -329,7 +333,7 @@ def test_a_parted_swarm_comes_together_and_loses_no_token(peers: list[Peer], alo
             assert peer.ledger.pending_tokens == 0
             peer.train(3)
             assert not await peer.applier.catch_up(left[0].id)
-            await Synchroniser(peer.context, [peer.applier]).download(0)
+            await synchroniser(peer).download(peer.applier)
             assert peer.head == left[0].head
             assert peer.ledger.pending_tokens == 5 * alone + 3
         pending = sum(peer.ledger.pending_tokens for peer in peers)
@@ -355,7 +359,7 @@ def test_a_download_keeps_what_is_in_the_history_that_it_leads_to(peers: list[Pe
         for _ in range(2):
             a.train(10)
             await consider(commit_of([a, b], [a]), a, b, c)
-        await Synchroniser(late.context, [late.applier]).download(0)
+        await synchroniser(late).download(late.applier)
         assert late.head == a.head
         assert late.ledger.pending_tokens == 3
         assert a.ledger.state.tokens + sum(p.ledger.pending_tokens for p in peers) == sum(p.trained for p in peers)
@@ -368,7 +372,7 @@ def test_where_nobody_is_there_is_nothing_to_download(peers: list[Peer]) -> None
         for peer in peers[1:]:
             peer.dead = True
         with pytest.raises(StateError, match="nobody here holds fragment 0"):
-            await Synchroniser(peers[0].context, [peers[0].applier]).download(0)
+            await synchroniser(peers[0]).download(peers[0].applier)
 
     play(scene())
 
@@ -376,10 +380,10 @@ def test_where_nobody_is_there_is_nothing_to_download(peers: list[Peer]) -> None
 def test_a_newcomer_joins_only_where_it_has_to(peers: list[Peer]) -> None:
     async def scene() -> None:
         newcomer = peers[3]
-        assert await Synchroniser(newcomer.context, [newcomer.applier]).join() == 0, "all are at the start"
+        assert await synchroniser(newcomer).join() == 0, "all are at the start"
         peers[0].train(10)
         await consider(commit_of(peers[:3], peers[:1]), *peers[:3])
-        assert await Synchroniser(newcomer.context, [newcomer.applier]).join() == 1
+        assert await synchroniser(newcomer).join() == 1
         assert newcomer.head == peers[0].head
 
     play(scene())
@@ -389,7 +393,7 @@ def test_a_start_that_is_not_the_runs_is_replaced_even_at_the_same_tokens(peers:
     async def scene() -> None:
         odd = peers[3]
         odd.applier.trusted = False
-        assert await Synchroniser(odd.context, [odd.applier]).join() == 1
+        assert await synchroniser(odd).join() == 1
         assert odd.applier.trusted and odd.head == peers[0].head
 
     play(scene())

@@ -144,12 +144,12 @@ def test_who_claims_a_version_and_gives_nothing_is_left_out_for_a_while(tell: Te
         me.hear(liar.id, status.model_copy(update={"heads": [claimed]}))
         await me.averager._follower.see_what_it_has(held(me), liar.id)
         assert me.head[0] == 0
-        level, others = me.averager._holders(0, me.alive())
+        level, others = me.averager._turns.holders(held(me), me.alive())
         assert liar.id not in level and liar.id not in others
         assert {peer.id for peer in peers[2:]} <= {*level, *others}
         await asyncio.sleep(DISTRUST_S + 0.1)
         meet([me, *peers[2:]])
-        _, others = me.averager._holders(0, {**me.alive(), liar.id: status})
+        _, others = me.averager._turns.holders(held(me), {**me.alive(), liar.id: status})
         assert liar.id in others, "it is asked again later: it may have had a bad moment"
 
     tell(story)

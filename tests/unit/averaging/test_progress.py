@@ -82,13 +82,18 @@ def test_who_leaves_has_stopped_training(keys: list[Keypair]) -> None:
     assert not progress.leaving(["a"])
 
 
-def test_the_dead_are_neither_asked_nor_kept() -> None:
+def test_who_does_not_hold_the_fragment_is_neither_asked_nor_kept() -> None:
     progress = Progress()
     heard(progress, "a")
     heard(progress, "b")
     assert progress.at(BASE, ["b", "unknown"]) == ["b"]
-    progress.forget(["b"])
+    progress.forget("a")
+    progress.forget("unknown")
     assert progress.at(BASE, ["a", "b"]) == ["b"] and progress.pending(["a", "b"], now=0.0) == {"b": 100.0}
+    heard(progress, "a", version=5, digest=NEW)
+    progress.forget("a")
+    heard(progress, "a", version=3, now=0.1)
+    assert progress.at(BASE, ["a"]) == ["a"], "it holds it again, from where it is now"
 
 
 @settings(max_examples=80, derandomize=True, deadline=None)

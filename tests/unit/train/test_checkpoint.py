@@ -36,7 +36,13 @@ def saved(version: int, *, numels: list[int] = NUMELS) -> Checkpoint:
 
 def load(folder: Path, warnings: list[str] | None = None, numels: list[int] = NUMELS) -> Checkpoint | None:
     warn: Callable[[str], None] = (lambda text: None) if warnings is None else warnings.append
-    return checkpoint.load_newest(folder, numels=numels, num_buffers=1, warn=warn)
+    return checkpoint.load_newest(
+        folder, numels=dict(enumerate(numels)), num_fragments=len(numels), num_buffers=1, warn=warn
+    )
+
+
+def write(folder: Path, what: Checkpoint) -> Path:
+    return checkpoint.write(folder, what, num_fragments=len(NUMELS))
 
 
 def same(one: Checkpoint | None, other: Checkpoint) -> bool:
@@ -61,7 +67,7 @@ def flip(path: Path, position: int, bit: int = 0) -> None:
 def folder(tmp_path: Path) -> Path:
     """With two checkpoints, 1 and 2."""
     for version in (1, 2):
-        checkpoint.write(tmp_path / "checkpoints", saved(version))
+        write(tmp_path / "checkpoints", saved(version))
     return tmp_path / "checkpoints"
 
 
@@ -78,15 +84,15 @@ def test_where_there_is_none_there_is_none(tmp_path: Path) -> None:
 
 def test_three_are_kept(tmp_path: Path) -> None:
     for version in range(1, KEPT + 4):
-        checkpoint.write(tmp_path, saved(version))
+        write(tmp_path, saved(version))
         assert same(load(tmp_path), saved(version))
     assert names(tmp_path) == [f"{sequence:06d}" for sequence in range(4, KEPT + 4)]
 
 
 def test_more_than_a_million_are_still_in_order(tmp_path: Path) -> None:
-    checkpoint.write(tmp_path, saved(1))
+    write(tmp_path, saved(1))
     (tmp_path / "000001").rename(tmp_path / "999999")
-    assert checkpoint.write(tmp_path, saved(2)).name == "1000000"
+    assert write(tmp_path, saved(2)).name == "1000000"
     assert same(load(tmp_path), saved(2))
 
 
@@ -98,7 +104,7 @@ def test_a_kill_while_writing_leaves_nothing_that_counts(folder: Path) -> None:
     (half / MANIFEST).write_text("{}")
     warnings: list[str] = []
     assert same(load(folder, warnings), saved(2)) and warnings == []
-    checkpoint.write(folder, saved(3))
+    write(folder, saved(3))
     assert names(folder) == ["000001", "000002", "000003"]
     assert same(load(folder), saved(3))
 
@@ -124,7 +130,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(
     warnings: list[str] = []
     assert same(load(folder, warnings), saved(1))
     assert len(warnings) == 1 and "000002" in warnings[0]
-    assert checkpoint.write(folder, saved(3)).name == "000003", "and the next one can be written all the same"
+    assert write(folder, saved(3)).name == "000003", "and the next one can be written all the same"
     assert same(load(folder), saved(3))
 
 
@@ -176,8 +182,8 @@ FLIPPED = Path()
 def checkpoints_to_flip(tmp_path_factory: pytest.TempPathFactory) -> None:
     global FLIPPED
     folder = tmp_path_factory.mktemp("flipped")
-    checkpoint.write(folder, saved(1))
-    FLIPPED = checkpoint.write(folder, saved(2))
+    write(folder, saved(1))
+    FLIPPED = write(folder, saved(2))
 
 
 def test_a_checkpoint_of_another_run_is_left_out(folder: Path) -> None:
@@ -186,7 +192,7 @@ def test_a_checkpoint_of_another_run_is_left_out(folder: Path) -> None:
         warnings: list[str] = []
         assert load(folder, warnings, numels) is None
         assert len(warnings) == 2 and "000002" in warnings[0] and "000001" in warnings[1]
-    assert checkpoint.load_newest(folder, numels=NUMELS, num_buffers=2) is None
+    assert checkpoint.load_newest(folder, numels=dict(enumerate(NUMELS)), num_fragments=2, num_buffers=2) is None
 
 
 def test_all_damaged_means_none(folder: Path) -> None:
@@ -202,7 +208,7 @@ def test_things_that_are_no_checkpoints_are_left_alone(folder: Path) -> None:
     warnings: list[str] = []
     assert same(load(folder, warnings), saved(2)) and warnings == []
     for version in range(3, 6):
-        checkpoint.write(folder, saved(version))
+        write(folder, saved(version))
     assert {"notes", "000007"} <= set(names(folder))
 
 
@@ -215,7 +221,7 @@ from swarm.train import checkpoint
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), resource.RLIM_INFINITY))
 states = [GlobalState(i, 9, 9, torch.ones(n), (torch.ones(n),)) for i, n in enumerate((512, 256))]
 try:
-    checkpoint.write(Path(sys.argv[1]), checkpoint.Checkpoint(states))
+    checkpoint.write(Path(sys.argv[1]), checkpoint.Checkpoint(states), num_fragments=2)
 except HomeError as error:
     print(error)
     raise SystemExit(7)
@@ -239,6 +245,6 @@ def test_a_full_disk_costs_the_new_checkpoint_only(folder: Path, room: int) -> N
 def test_a_folder_that_cannot_be_made_is_said(tmp_path: Path) -> None:
     (tmp_path / "taken").write_text("a file")
     with pytest.raises(HomeError, match="cannot write a checkpoint"):
-        checkpoint.write(tmp_path / "taken", saved(1))
+        write(tmp_path / "taken", saved(1))
     with pytest.raises(HomeError, match="cannot write a checkpoint"):
-        checkpoint.write(tmp_path / "taken" / "checkpoints", saved(1))
+        write(tmp_path / "taken" / "checkpoints", saved(1))

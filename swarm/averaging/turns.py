@@ -1,0 +1,169 @@
+"""When this peer opens a round, and whom it invites: the live holders of that fragment take turns.
+
+A fragment is due when its holders have trained enough of it, or have waited long enough, or somebody leaves. Who holds
+it, at which version and with how much drift, is known from statuses. Whoever does not hold it is neither invited nor
+waited for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import statistics
+from collections.abc import Callable, Mapping
+
+from swarm.averaging import plan
+from swarm.averaging.context import Context
+from swarm.averaging.follow import Follower
+from swarm.averaging.held import HeldFragment
+from swarm.averaging.messages import MAX_MEMBERS, Commit
+from swarm.errors import NetworkError, StateError
+from swarm.network.records import Status
+
+TICK_S = 0.2
+MIN_PATIENCE_S = 3.0
+RETRY_S = 0.5
+"""between two openings that came to nothing"""
+
+log = logging.getLogger(__name__)
+
+
+class Turns:
+    def __init__(
+        self, context: Context, fragments: Mapping[int, HeldFragment], follower: Follower, *,
+        is_leaving: Callable[[], bool],
+    ) -> None:
+        """`fragments`: those held, by their index in the run; they may change. `is_leaving`: has this peer stopped
+        training for good?"""
+        self._context, self._fragments, self._follower, self._is_leaving = context, fragments, follower, is_leaving
+        self._sync_mode = context.run.averaging.mode == "sync"
+
+    async def tick_forever(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            everybody = self._context.directory.alive()
+            for fragment in list(self._fragments.values()):
+                try:
+                    self._maybe_open(fragment, everybody, loop.time())
+                except Exception:  # a bug of ours in one round must not end all rounds
+                    log.exception("fragment %d: cannot tell whether to open a round", fragment.index)
+            await asyncio.sleep(TICK_S / 20 if self._sync_mode else TICK_S)
+
+    def heard(self, peer_id: str, status: Status) -> None:
+        """A peer says what it has of each fragment of the run."""
+        if len(status.heads) == len(status.pending) == self._context.run.fragments:
+            for fragment in list(self._fragments.values()):
+                self._heard(fragment, peer_id, status)
+
+    def begin(self, fragment: HeldFragment) -> None:
+        """From now on this peer takes part in the rounds of a fragment."""
+        fragment.opened_at = asyncio.get_running_loop().time()
+        for peer_id, status in self._context.directory.alive().items():
+            if len(status.heads) == len(status.pending) == self._context.run.fragments:
+                self._heard(fragment, peer_id, status)
+
+    def applied(self, fragment: HeldFragment, commit: Commit) -> None:
+        now = asyncio.get_running_loop().time()
+        fragment.opened_at, fragment.due_since = now, None
+        fragment.progress.committed(commit, fragment.ledger.state.digest, now=now)
+
+    def first_openers(self) -> set[str]:
+        """Who opens the next round of each fragment, if nobody is late."""
+        openers, everybody = set(), self._context.directory.alive()
+        for fragment in [fragment for fragment in self._fragments.values() if fragment.ready]:
+            peers, _ = self.holders(fragment, everybody)
+            leaders = self._leaders(peers, everybody)
+            openers.add(plan.rank(leaders, fragment=fragment.index, version=fragment.ledger.state.version + 1)[0])
+        return openers
+
+    def holders(self, fragment: HeldFragment, everybody: Mapping[str, Status]) -> tuple[list[str], list[str]]:
+        """Live peers that hold a fragment: (at this peer's version, at another one). Who leaves counts while it has
+        drift to give. All are invited: those behind catch up at that moment (where rounds are quicker than heartbeats,
+        a newcomer would otherwise run after them for ever), and those ahead stop a round that would fork history."""
+        index, now = fragment.index, asyncio.get_running_loop().time()
+        alive = [
+            peer_id for peer_id, status in everybody.items()
+            if status.head(index) is not None
+            and not (status.leaving and not status.pending[index:index + 1] > [0])
+        ]
+        level = fragment.progress.at(fragment.ledger.state.digest, alive)
+        others = [p for p in alive if p not in level and fragment.distrusted_until.get(p, 0.0) < now]
+        return level, others
+
+    @property
+    def _me(self) -> str:
+        return self._context.keypair.peer_id
+
+    def _heard(self, fragment: HeldFragment, peer_id: str, status: Status) -> None:
+        head = status.heads[fragment.index]
+        if head is None:
+            fragment.progress.forget(peer_id)
+            return
+        fragment.progress.heard(
+            peer_id, version=head.version, digest=head.digest, pending=status.pending[fragment.index],
+            tokens_per_s=0.0 if self._sync_mode else status.tokens_per_s, leaving=status.leaving,
+            now=asyncio.get_running_loop().time(),
+        )
+        self._follower.heard(fragment, peer_id, head)
+
+    def _leaders(self, holders: list[str], everybody: Mapping[str, Status]) -> list[str]:
+        """Who of this peer and the holders may open rounds and own parts."""
+        directory = self._context.directory
+        reaches = {self._me: directory.reach} | {peer_id: everybody[peer_id].reach for peer_id in holders}
+        return plan.leaders(reaches, others_outbound=directory.heard_of_outbound())
+
+    def _maybe_open(self, fragment: HeldFragment, everybody: Mapping[str, Status], now: float) -> None:
+        busy = fragment.opening or fragment.downloading or fragment.rounds.member.in_round()
+        if busy or not fragment.ready or self._context.directory.unsure():
+            return
+        holders, others = self.holders(fragment, everybody)
+        if not self._is_due(fragment, holders, now):
+            fragment.due_since = None
+            return
+        if fragment.due_since is None:
+            fragment.due_since = now
+        leaders = self._leaders(holders, everybody)
+        if self._me not in leaders:
+            return
+        order = plan.rank(leaders, fragment=fragment.index, version=fragment.ledger.state.version + 1)
+        patience_s = max(MIN_PATIENCE_S, 3 * statistics.median(fragment.recent_s or [1.0]))
+        if now - fragment.due_since >= order.index(self._me) * patience_s and now >= fragment.retry_at:
+            fragment.opening = True
+            owners = [p for p in leaders if p == self._me or self._context.directory.maddrs(p)]
+            self._context.spawn(self._open(fragment, [*holders, *others], owners))
+
+    def _is_due(self, fragment: HeldFragment, holders: list[str], now: float) -> bool:
+        averaging = self._context.run.averaging
+        mine = fragment.ledger.pending_tokens
+        others = fragment.progress.pending(holders, now=now)
+        total = mine + sum(others.values())
+        if total <= 0:
+            return False
+        if self._sync_mode and mine > 0 and all(tokens > 0 for tokens in others.values()):
+            return True
+        target = plan.target_tokens(
+            averaging.tokens_per_round, self._context.run.fragments, fragment=fragment.index,
+            version=fragment.ledger.state.version, staggered=not self._sync_mode,
+        )
+        overdue = now - fragment.opened_at >= averaging.max_round_s
+        i_leave = (self._is_leaving() or fragment.leaving) and mine > 0
+        return total >= target or overdue or i_leave or fragment.progress.leaving(holders)
+
+    async def _open(self, fragment: HeldFragment, members: list[str], owners: list[str]) -> None:
+        began = asyncio.get_running_loop().time()
+        commit = None
+        try:
+            invited = members[:MAX_MEMBERS - 1]
+            commit = await fragment.rounds.opener.open(invited, [p for p in owners if p == self._me or p in invited])
+        except (NetworkError, StateError) as error:
+            log.warning("round of fragment %d: %s", fragment.index, error)
+        finally:
+            fragment.opening = False
+            now = asyncio.get_running_loop().time()
+            if commit is None:
+                fragment.retry_at = now + RETRY_S
+            else:
+                fragment.recent_s = [*fragment.recent_s[-15:], now - began]
+        elsewhere, fragment.rounds.opener.elsewhere = fragment.rounds.opener.elsewhere, []
+        for peer_id in elsewhere:
+            await self._follower.see_what_it_has(fragment, peer_id)
