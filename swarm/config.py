@@ -143,6 +143,8 @@ class PeerConfig:
     """multiaddresses to tell others, where they differ from `listen` (port forwarding)"""
     no_introductions: bool = False
     """do not tell peers behind routers each other's addresses"""
+    fragments: str = "auto"
+    """which fragments of the model to hold: auto, or A:B for those from A to before B"""
     until_tokens: int | None = None
     """leave cleanly once the swarm has trained this many tokens"""
     ui: str = "auto"
@@ -150,6 +152,20 @@ class PeerConfig:
     join_timeout_s: float = 60.0
     """give up joining after this long"""
     verbose: bool = False
+
+    @property
+    def part(self) -> tuple[int, int] | None:
+        """The fragments [first, end) that `fragments` names; None: auto."""
+        if self.fragments == "auto":
+            return None
+        match = re.fullmatch(r"(\d{1,4}):(\d{1,4})", self.fragments)
+        first, end = (int(match[1]), int(match[2])) if match else (0, 0)
+        if first >= end:
+            raise ConfigError(
+                f"fragments cannot be {_shown(self.fragments)}", why="they are counted from 0, and the end is not in them",
+                do="write A:B, such as 0:2 for the first two, or auto",
+            )
+        return first, end
 
 
 def canonical_json(run: RunConfig) -> bytes:

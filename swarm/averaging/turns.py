@@ -101,7 +101,7 @@ class Turns:
             return
         fragment.progress.heard(
             peer_id, version=head.version, digest=head.digest, pending=status.pending[fragment.index],
-            tokens_per_s=0.0 if self._sync_mode else status.tokens_per_s, leaving=status.leaving,
+            tokens_per_s=0.0 if self._sync_mode else _fragment_speed(status), leaving=status.leaving,
             now=asyncio.get_running_loop().time(),
         )
         self._follower.heard(fragment, peer_id, head)
@@ -139,7 +139,7 @@ class Turns:
         total = mine + sum(others.values())
         if total <= 0:
             return False
-        if self._sync_mode and mine > 0 and all(tokens > 0 for tokens in others.values()):
+        if self._sync_mode and self._all_are_whole() and mine > 0 and all(tokens > 0 for tokens in others.values()):
             return True
         target = plan.target_tokens(
             averaging.tokens_per_round, self._context.run.fragments, fragment=fragment.index,
@@ -148,6 +148,12 @@ class Turns:
         overdue = now - fragment.opened_at >= averaging.max_round_s
         i_leave = (self._is_leaving() or fragment.leaving) and mine > 0
         return total >= target or overdue or i_leave or fragment.progress.leaving(holders)
+
+    def _all_are_whole(self) -> bool:
+        """Does everybody hold all fragments? Only then does a peer's first word of a `sync` step say all of it."""
+        return len(self._fragments) == self._context.run.fragments and not any(
+            None in status.heads for status in self._context.directory.alive().values()
+        )
 
     async def _open(self, fragment: HeldFragment, members: list[str], owners: list[str]) -> None:
         began = asyncio.get_running_loop().time()
@@ -167,3 +173,8 @@ class Turns:
         elsewhere, fragment.rounds.opener.elsewhere = fragment.rounds.opener.elsewhere, []
         for peer_id in elsewhere:
             await self._follower.see_what_it_has(fragment, peer_id)
+
+
+def _fragment_speed(status: Status) -> float:
+    """Tokens a second of each fragment that a peer holds: it tells its share of whole tokens."""
+    return status.tokens_per_s * len(status.heads) / max(1, len(status.held()))

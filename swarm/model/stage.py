@@ -80,6 +80,14 @@ class Stage(nn.Module):
             found = whole(**inputs, use_cache=False, return_dict=True)
         return _first(found.logits if is_last else found[0])
 
+    def mean_loss(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Mean over a batch of what each token says of the next one, nats: as the library's own `labels` do.
+        `logits`: [batch, length, vocabulary]; `targets`: the token ids that made them [batch, length]."""
+        model: Any = self.model
+        loss = model.loss_function(logits=logits, labels=targets, vocab_size=model.config.get_text_config().vocab_size)
+        assert isinstance(loss, torch.Tensor)
+        return loss
+
     def held(self) -> Iterable[tuple[str, nn.Parameter]]:
         """(name in the whole model, parameter)"""
         return self.model.named_parameters()

@@ -127,6 +127,7 @@ class Chain:
         self._asked: dict[tuple[str, tuple[str, int, int]], _Asked] = {}
         self._done: OrderedDict[tuple[str, int], None] = OrderedDict()
         self._service_s = 0.0
+        self._leaving = False
         self.on_committed: Callable[[int, int], None] = lambda start, end: None
         """gradients of fragments [start, end) were added up; on the training thread"""
         self.reroutes = 0
@@ -204,6 +205,8 @@ class Chain:
     def _begin(self, microbatch: Microbatch, read: Read) -> _Entry:
         if not self.first <= microbatch.start < self.end:
             raise PeerRefused(f"fragment {microbatch.start} is not held here")
+        if self._leaving and microbatch.origin != self._me:
+            raise PeerRefused("this peer is leaving")
         if (microbatch.origin, microbatch.number) in self._done:
             raise PeerRefused("that microbatch is done")
         others = sum(entry.microbatch.origin != self._me for entry in self._entries.values())
@@ -385,6 +388,10 @@ class Chain:
             await asyncio.sleep(WORKING_S)
 
     # -- the end ----------------------------------------------------------------------------------------------------
+
+    def leave(self) -> None:
+        """Take nothing new from others; what is here is finished."""
+        self._leaving = True
 
     async def forget_old(self) -> None:
         """Microbatches whose origin has not spoken for `FORGET_S` since they were computed; call it now and then."""

@@ -54,8 +54,8 @@ class Credit:
 
 
 class Origin:
-    """`draw()` returns token ids [sequences, length]; `on_done(loss, tokens)` is called for each microbatch that is
-    done everywhere. Lives on the network's event loop."""
+    """`draw()` returns token ids [sequences, length]; `on_done(loss, tokens)` is called for each of these microbatches
+    that is done everywhere. Lives on the network's event loop."""
 
     def __init__(
         self, me: str, chain: Chain, calls: Calls, *, draw: Callable[[], torch.Tensor], first_number: int,
@@ -91,7 +91,7 @@ class Origin:
 
     def _start(self, tokens: torch.Tensor) -> None:
         async def one() -> None:
-            await self._one(tokens)
+            self._on_done(await self._one(tokens), tokens.numel())
 
         task = asyncio.ensure_future(one())
         self._running.add(task)
@@ -118,7 +118,6 @@ class Origin:
                 task = asyncio.ensure_future(words)
                 self._telling.add(task)
                 task.add_done_callback(self._telling.discard)
-        self._on_done(answer.loss, tokens.numel())
         return answer.loss
 
     def _verdicts(self, number: int, answer: Gradient) -> dict[str, list[Verdict]]:

@@ -42,6 +42,8 @@ from swarm.train.boundary import Boundary
 from swarm.train.checkpoint import Checkpoint
 from swarm.train.inner import InnerOptimizer
 from swarm.train.run_source import Held
+from swarm.train.serving import Serving, serve
+from swarm.train.stage_trainer import StageTrainer
 from swarm.train.trainer import Trainer, limit_threads
 
 PROGRESS_S = 1.0
@@ -68,7 +70,7 @@ class Participant:
         self.run: RunConfig
         self.held: Held | None = None
         self.averager: Averager | None = None
-        self.trainer: Trainer | None = None
+        self.trainer: Trainer | StageTrainer | None = None
         self.on_step: Callable[[float, int], None] = lambda loss, tokens: None
         """called after each inner step with its loss and tokens, on the training thread"""
         self._on_run = on_run
@@ -93,7 +95,7 @@ class Participant:
 
         began = time.monotonic()
         if config.new_swarm:
-            self.run, self.held = run_source.new_run(config.run)
+            self.run, self.held = run_source.new_run(config.run, part=config.part)
         elif not config.initial_peers:
             self.run = run_source.remembered(self.home, config.run_id)
         arrival = self._arrival = Arrival(config, self.home, self.network)
@@ -114,7 +116,7 @@ class Participant:
         if config.role == "trainer":
             began = time.monotonic()
             if self.held is None:
-                self.held = run_source.hold(self.run)
+                self.held = run_source.hold(self.run, part=config.part)
             num_parameters = sum(layout.num_parameters for layout in self.held.layouts.values())
             plan = plan_memory(num_parameters, device=device, bits=self.run.averaging.bits)
             if not plan.fits:
@@ -122,7 +124,8 @@ class Participant:
             self._check("memory", plan.text, began)
             self.held.model.to(device)  # type: ignore[arg-type]
             self._take_over_state()
-            self._load_data()
+            if self.held.fragments[0].index == 0:  # who draws text; the others get it with the microbatches
+                self._load_data()
             if config.new_swarm:
                 self.write_checkpoint()  # weights that came from a folder are nowhere else yet
         self.network.submit(self._background())
@@ -192,16 +195,29 @@ class Participant:
     def train(self) -> None:
         began = time.monotonic()
         if self.averager is not None:
-            assert self.held is not None and self._stream is not None
-            inner = InnerOptimizer(
-                self.held.model, self.held.fragments, self.run, between=self._boundary.pass_by,
-                warn=lambda text: self.bus.emit(Warning(text)),
-            )
-            self.trainer = Trainer(self.run, inner, self._stream, self.averager, self.network, self._boundary)
+            assert self.held is not None
+            self.trainer = self._make_trainer(self.held, self.averager)
             self.trainer.on_step = self.on_step
             self.trainer.start()
         stop = "stop with Ctrl+C (it finishes the round first)"
         self._check("training", f'you are "{self.name}"; {stop}', began)
+
+    def _make_trainer(self, held: Held, averager: Averager) -> Trainer | StageTrainer:
+        is_whole = len(held.fragments) == self.run.fragments
+        serving: Serving
+        inner = InnerOptimizer(
+            held.model, held.fragments, self.run, between=lambda: serving.pause(),
+            warn=lambda text: self.bus.emit(Warning(text)),
+        )
+        serving = self.network.run(serve(
+            self.run, held, inner, averager, self.network, self._boundary,
+            stream=None if is_whole else self._stream,
+            on_done=lambda loss, tokens: self.trainer.done(loss, tokens) if isinstance(self.trainer, StageTrainer) else None,
+        ))
+        if not is_whole:
+            return StageTrainer(self.run, serving, averager, self.network, stream=self._stream)
+        assert self._stream is not None
+        return Trainer(self.run, inner, self._stream, averager, self.network, self._boundary, serving)
 
     async def _start_averager(self) -> None:
         assert self.averager is not None

@@ -18,6 +18,9 @@ from swarm.host.home import Home, atomic_write
 from swarm.host.presets import preset_path
 from swarm.model.build import Model, build_model, resolve
 from swarm.model.fragments import FragmentSpec, cut
+from swarm.model.partial import build_stage
+from swarm.model.skeleton import skeleton
+from swarm.model.stage import Stage
 
 DEMO = "runs/demo.yaml"
 
@@ -27,6 +30,9 @@ class Held:
     """The model as this peer holds it: all of its fragments or some. Mappings are by their index in the run."""
 
     model: Model
+    stage: Stage
+    """the same modules: what of the model is here"""
+    all_fragments: tuple[FragmentSpec, ...]
     fragments: tuple[FragmentSpec, ...]
     """those held"""
     layouts: dict[int, Layout]
@@ -34,15 +40,28 @@ class Held:
     """at version 0, as this machine draws or reads them"""
 
 
-def hold(run: RunConfig, *, weights_from: str | None = None) -> Held:
-    """Build the run's whole model and cut it. `weights_from`: folder whose weights are the start."""
-    model = build_model(run, weights_from=weights_from)
-    fragments = cut(model, run.fragments)
-    layouts = {fragment.index: layout_of(fragment) for fragment in fragments}
-    parameters = dict(model.named_parameters())
+def hold(run: RunConfig, *, part: tuple[int, int] | None = None, weights_from: str | None = None) -> Held:
+    """Build fragments [first, end) of the run's model, and nothing else; all of them without `part`.
+
+    `weights_from`: folder whose weights are the start. Raises ConfigError where there are no such fragments."""
+    if part is None or part == (0, run.fragments):
+        model = build_model(run, weights_from=weights_from)
+        fragments = held = cut(model, run.fragments)
+        stage = Stage(model, 0, fragments[-1].blocks[1])
+    else:
+        fragments = cut(skeleton(run), run.fragments)
+        held = fragments[slice(*part)]
+        if not held or part[1] > run.fragments:
+            raise ConfigError(
+                f"there are no fragments {part[0]}:{part[1]}", why=f"the run has {run.fragments}, counted from 0",
+                do=f"choose from 0:{run.fragments}",
+            )
+        stage = build_stage(run, (held[0].blocks[0], held[-1].blocks[1]), weights_from=weights_from)
+    layouts = {fragment.index: layout_of(fragment) for fragment in held}
+    parameters = dict(stage.held())
     num_buffers = outer.num_buffers(run)
     states = {i: initial_state(i, layout.flatten(parameters), num_buffers) for i, layout in layouts.items()}
-    return Held(model, fragments, layouts, states)
+    return Held(stage.model, stage, fragments, held, layouts, states)
 
 
 def load_states(held: Held, states: Iterable[GlobalState]) -> None:
@@ -54,13 +73,24 @@ def load_states(held: Held, states: Iterable[GlobalState]) -> None:
                 parameters[name].copy_(values)
 
 
-def new_run(file: str | None) -> tuple[RunConfig, Held]:
-    """A run config made complete for publication, its start included, and the model. Raises ConfigError."""
+def new_run(file: str | None, *, part: tuple[int, int] | None = None) -> tuple[RunConfig, Held]:
+    """A run config made complete for publication, its start included, and what this peer holds of the model. Raises
+    ConfigError."""
     draft = load_run(file if file is not None else preset_path(DEMO))
     run = resolve(draft)
     folder = draft.model.source if run.model.source is None else None
-    held = hold(run, weights_from=folder)
-    return dataclasses.replace(run, initial_digests=[held.states[i].digest for i in range(run.fragments)]), held
+    if part is not None and folder is not None:
+        raise ConfigError(
+            "a run from weights in a folder must be started by a peer that holds all of it",
+            why=f"nobody else could read the other fragments' weights from {folder}",
+            do="start without --fragments, or name a model of the hub in model.source",
+        )
+    held = hold(run, part=part, weights_from=folder)
+    digests = {index: state.digest for index, state in held.states.items()}
+    for index in range(run.fragments):  # one at a time: together they may not fit
+        if index not in digests:
+            digests[index] = hold(run, part=(index, index + 1)).states[index].digest
+    return dataclasses.replace(run, initial_digests=[digests[index] for index in range(run.fragments)]), held
 
 
 def matches_start(run: RunConfig, held: Held) -> dict[int, bool]:

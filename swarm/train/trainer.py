@@ -22,10 +22,13 @@ from swarm.data.stream import PackedStream
 from swarm.network.network import Network
 from swarm.train.boundary import Boundary
 from swarm.train.inner import InnerOptimizer
+from swarm.train.serving import Serving
 
 SPEED_WINDOW_S = 20.0
 RECENT_STEPS = 50
 SYNC_POLL_S = 0.05
+SETTLE_S = 15.0
+"""when leaving: until the origins of microbatches that were done here have spoken"""
 NICENESS = 10
 SWITCH_S = 0.001
 
@@ -33,7 +36,7 @@ SWITCH_S = 0.001
 class Trainer:
     def __init__(
         self, run: RunConfig, inner: InnerOptimizer, stream: PackedStream, averager: Averager, network: Network,
-        boundary: Boundary,
+        boundary: Boundary, serving: Serving,
     ) -> None:
         self.tokens = 0
         """trained since this peer started"""
@@ -41,7 +44,7 @@ class Trainer:
         self.on_step: Callable[[float, int], None] = lambda loss, tokens: None
         """called after each inner step with its loss and tokens, on the training thread"""
         self._run, self._inner, self._stream = run, inner, stream
-        self._averager, self._network, self._boundary = averager, network, boundary
+        self._averager, self._network, self._boundary, self._serving = averager, network, boundary, serving
         self._losses: deque[float] = deque(maxlen=RECENT_STEPS)
         self._times: deque[tuple[float, int]] = deque([(time.monotonic(), 0)])
         self._stop = threading.Event()
@@ -53,6 +56,7 @@ class Trainer:
 
     def stop(self) -> None:
         """Ends after the inner step at hand; returns once it has."""
+        self._network.call_soon(self._serving.chain.leave)
         self._stop.set()
         if self._thread.is_alive():
             self._thread.join()
@@ -72,12 +76,23 @@ class Trainer:
         give_way()
         try:
             while not self._stop.is_set():
-                self._boundary.pass_by()
+                self._serving.pause()
                 self._inner_step()
+                self._serving.steps.take_due()
+            self._settle()
         except BaseException as error:
             self.error = error
         finally:
+            self._serving.work.close()
             self._boundary.close()
+
+    def _settle(self) -> None:
+        """Finish what others have sent here, and learn from it."""
+        until = time.monotonic() + SETTLE_S
+        while self._serving.compute.in_flight and time.monotonic() < until:
+            self._boundary.pass_by()
+            self._serving.work.run_next(wait_s=SYNC_POLL_S)
+        self._serving.steps.take_rest()
 
     def _inner_step(self) -> None:
         batch = self._stream.next_batch(self._run.train.batch_sequences)
@@ -89,6 +104,7 @@ class Trainer:
             gradients = {name: p.grad for name, p in self._inner.parameters.items() if p.grad is not None}
             self._averager.trained(tokens, gradients)
         else:
+            self._serving.compute.before_write()
             if not self._inner.step(learning_rate(self._run, self._averager.estimated_tokens())):
                 return
             self._averager.trained(tokens)
@@ -106,6 +122,7 @@ class Trainer:
         deadline = time.monotonic() + self._run.averaging.max_round_s
         while any(self._averager.pending()) and not self._stop.is_set() and time.monotonic() < deadline:
             self._boundary.pass_by(wait_s=SYNC_POLL_S)
+            self._serving.pause()
 
     def _measure(self) -> None:
         now = time.monotonic()

@@ -16,6 +16,11 @@ from swarm.train.participant import Participant
 
 TEXT = "The quick brown fox jumps over the lazy dog, and the dog does not mind at all. "
 
+GPTJ: dict[str, object] = {
+    "model_type": "gptj", "n_layer": 2, "n_embd": 48, "n_head": 2, "rotary_dim": 8, "n_positions": 64, "vocab_size": 257,
+    "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": 256, "eos_token_id": 256,
+}
+
 
 def write_run(folder: Path, **changes: object) -> Path:
     """A run of about 60,000 parameters on a small text; `changes` are top-level keys, merged one level deep."""
@@ -24,11 +29,7 @@ def write_run(folder: Path, **changes: object) -> Path:
         text.write_text("".join(f"{number}. {TEXT}\n" for number in range(3000)))
     document: dict[str, object] = {
         "name": "tiny",
-        "model": {"config": {
-            "model_type": "gptj", "n_layer": 2, "n_embd": 48, "n_head": 2, "rotary_dim": 8, "n_positions": 64,
-            "vocab_size": 257, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0,
-            "bos_token_id": 256, "eos_token_id": 256,
-        }},
+        "model": {"config": GPTJ},
         "fragments": 2,
         "data": {"files": [str(text)]},
         "train": {"sequence_length": 32, "batch_sequences": 4, "total_tokens": 100_000_000, "learning_rate": 0.002},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from swarm.data.sources import documents
 from swarm.data.stream import PackedStream, tokenise
 from swarm.data.tokenizer import load_tokenizer
 from swarm.model.build import build_model
-from tests.swarm.support import peers_in_process, wait_until, write_run
+from tests.swarm.support import GPTJ, peers_in_process, wait_until, write_run
 
 STEPS = 12
 BATCH_TOKENS = 4 * 32
@@ -95,3 +96,57 @@ def test_a_sync_swarm_equals_one_process(tmp_path: Path, num_peers: int) -> None
     first = [losses[reader][0] for reader in losses]
     last = [losses[reader][STEPS - 1] for reader in losses]
     assert max(last) < min(first) - 0.1, "the weights really changed"
+
+
+def edges(*cuts: int) -> list[str]:
+    return [f"{a}:{b}" for a, b in itertools.pairwise([0, *cuts, 4])]
+
+
+STAGES = [
+    *(edges(*cuts) for count in (1, 2, 3) for cuts in itertools.combinations((1, 2, 3), count)),
+    ["0:3", "1:4"], ["0:2", "1:3", "2:4"], ["0:1", "0:2", "1:4", "2:4"], ["0:2", "auto"],
+]
+
+
+@pytest.mark.parametrize("stages", STAGES, ids=" ".join)
+def test_a_model_in_stages_equals_one_process(tmp_path: Path, stages: list[str]) -> None:
+    """Every cut of four fragments, and stages that overlap; several peers may draw text."""
+    torch.set_num_threads(1)
+    origins = [index for index, stage in enumerate(stages) if stage == "auto" or stage.startswith("0:")]
+    run_file = write_run(
+        tmp_path, fragments=4, model={"config": {**GPTJ, "n_layer": 4}},
+        averaging={"mode": "sync", "bits": 32, "tokens_per_round": len(origins) * BATCH_TOKENS, "max_round_s": 60.0},
+        train={"clip_norm": 0.0, "total_tokens": 10_000},
+    )
+    losses: dict[str, list[float]] = {}
+    with peers_in_process() as make:
+        peers = [make(tmp_path / "peer-0", new_swarm=True, run=str(run_file), fragments=stages[0])]
+        peers[0].participant.join()
+        for number, stage in enumerate(stages[1:], start=1):
+            peers.append(make(tmp_path / f"peer-{number}", initial_peers=peers[0].maddrs, fragments=stage))
+            peers[-1].participant.join()
+        enough = threading.Event()
+        for index, peer in enumerate(peers):
+            if index in origins:
+                mine = losses.setdefault(peer.participant.network.peer_id, [])
+
+                def on_step(loss: float, tokens: int, mine: list[float] = mine) -> None:
+                    mine.append(loss)
+                    if min(map(len, losses.values())) >= STEPS:
+                        enough.set()
+
+                peer.participant.on_step = on_step
+            peer.participant.take_part()
+        wait_until(
+            lambda: all(
+                sum(bool(s.heads) for s in p.participant.network.directory.alive().values()) == len(stages) - 1
+                for p in peers
+            ),
+            timeout_s=30, what="everybody to know everybody",
+        )
+        for peer in reversed(peers):
+            peer.participant.train()
+        assert enough.wait(120), f"steps done: { {key[-4:]: len(value) for key, value in losses.items()} }"
+        run = peers[0].participant.run
+    for reader, expected in one_process(run, list(losses)).items():
+        assert losses[reader][:STEPS] == pytest.approx(expected, abs=1e-5), f"reader {reader[-4:]}"

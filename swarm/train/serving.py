@@ -1,0 +1,93 @@
+"""A peer's place in the chain, put together: what others may send it, and what it sends on.
+
+Peers that hold the whole model serve as well: between two microbatches of their own they do what others have sent, so
+that whoever holds only the first fragments has somebody to go on with.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from swarm.averaging.averager import Averager
+from swarm.config import RunConfig
+from swarm.data.stream import PackedStream
+from swarm.network.network import Network
+from swarm.pipeline import calls
+from swarm.pipeline.chain import Chain, Shape
+from swarm.pipeline.compute import StageCompute
+from swarm.pipeline.origin import Origin
+from swarm.pipeline.routing import Router
+from swarm.pipeline.work import WorkQueue
+from swarm.train.boundary import Boundary
+from swarm.train.inner import InnerOptimizer
+from swarm.train.run_source import Held
+from swarm.train.stage_steps import StageSteps
+
+PIECES = 4
+"""microbatches in the batch of one inner step"""
+CREDIT = 16
+"""own microbatches under way, at most"""
+NUMBERS_A_MS = 1000
+"""microbatches are numbered from the clock on, so that a peer that starts again uses none twice"""
+
+
+@dataclass
+class Serving:
+    """On the training thread: `work`, `compute`, `steps`; on the network's: `chain`, `origin`."""
+
+    work: WorkQueue
+    compute: StageCompute
+    steps: StageSteps
+    chain: Chain
+    origin: Origin | None
+    """of own microbatches; None where the first fragment is not held, or all are"""
+    boundary: Boundary
+
+    def pause(self) -> None:
+        """Between two microbatches of a whole peer: rounds get at the weights, and what others have sent is done, as
+        much as is there now, so that nobody can stop this peer's own training."""
+        self.boundary.pass_by()
+        for _ in range(self.work.queue):
+            self.work.run_next()
+            self.boundary.pass_by()
+
+
+async def serve(
+    run: RunConfig, held: Held, inner: InnerOptimizer, averager: Averager, network: Network, boundary: Boundary, *,
+    stream: PackedStream | None, on_done: Callable[[float, int], None],
+) -> Serving:
+    """On the network's thread. From now on others may send microbatches here. `stream`: where own ones are to be sent
+    down the chain; `on_done`: their loss and tokens."""
+    first, end = held.fragments[0].index, held.fragments[-1].index + 1
+    work = WorkQueue()
+    compute = StageCompute(held.stage, {f.index: f for f in held.fragments}, inner.parameters)
+    boundary.before = compute.before_write
+    link_calls = calls.LinkCalls(network.endpoint, network.directory)
+    config = held.model.config.get_text_config()
+    bits = 32 if run.averaging.mode == "sync" else 8
+
+    def is_ready(start: int, end: int, version: int) -> bool:
+        return all(s.version >= version for s in averager.states() if start <= s.fragment < end)
+
+    chain = Chain(
+        network.peer_id, link_calls, work, compute,
+        Router(clock=asyncio.get_running_loop().time, rng=random.Random()),
+        shape=Shape(run.fragments, config.hidden_size, config.vocab_size), first=first, end=end,
+        holders=lambda: calls.holders(network.directory.alive()), bits=bits, back_bits=bits, is_ready=is_ready,
+    )
+    origin = None
+    if stream is not None:
+        origin = Origin(
+            network.peer_id, chain, link_calls, draw=lambda: stream.next_batch(microbatch_sequences(run)),
+            first_number=int(time.time() * 1000) * NUMBERS_A_MS, largest_credit=CREDIT, on_done=on_done,
+        )
+    calls.serve(chain, network.endpoint)
+    return Serving(work, compute, StageSteps(run, inner, compute, averager), chain, origin, boundary)
+
+
+def microbatch_sequences(run: RunConfig) -> int:
+    return max(1, run.train.batch_sequences // PIECES)
