@@ -67,10 +67,10 @@ def refuse(endpoint: Endpoint) -> None:
 
 
 def holders(alive: Mapping[str, Status]) -> list[Holder]:
-    """The stages of these peers, as their statuses tell; a peer that leaves gets nothing new."""
+    """The stages of these peers, as their statuses tell."""
     found = []
     for peer_id, status in alive.items():
         held = [index for index, head in enumerate(status.heads) if head is not None]
-        if held and not status.leaving and held[-1] - held[0] + 1 == len(held):
-            found.append(Holder(peer_id, held[0], held[-1] + 1))
+        if held and held[-1] - held[0] + 1 == len(held):
+            found.append(Holder(peer_id, held[0], held[-1] + 1, status.leaving))
     return found

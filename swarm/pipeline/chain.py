@@ -127,7 +127,6 @@ class Chain:
         self._asked: dict[tuple[str, tuple[str, int, int]], _Asked] = {}
         self._done: OrderedDict[tuple[str, int], None] = OrderedDict()
         self._service_s = 0.0
-        self._leaving = False
         self.on_committed: Callable[[int, int], None] = lambda start, end: None
         """gradients of fragments [start, end) were added up; on the training thread"""
         self.reroutes = 0
@@ -148,6 +147,10 @@ class Chain:
         pulse = asyncio.ensure_future(self._tell_working(asker, entry))
         try:
             return await asyncio.shield(entry.task)
+        except asyncio.CancelledError:
+            if entry.task.cancelled():
+                raise PeerRefused("this peer has stopped working") from None
+            raise
         finally:
             pulse.cancel()
 
@@ -205,8 +208,6 @@ class Chain:
     def _begin(self, microbatch: Microbatch, read: Read) -> _Entry:
         if not self.first <= microbatch.start < self.end:
             raise PeerRefused(f"fragment {microbatch.start} is not held here")
-        if self._leaving and microbatch.origin != self._me:
-            raise PeerRefused("this peer is leaving")
         if (microbatch.origin, microbatch.number) in self._done:
             raise PeerRefused("that microbatch is done")
         others = sum(entry.microbatch.origin != self._me for entry in self._entries.values())
@@ -388,10 +389,6 @@ class Chain:
             await asyncio.sleep(WORKING_S)
 
     # -- the end ----------------------------------------------------------------------------------------------------
-
-    def leave(self) -> None:
-        """Take nothing new from others; what is here is finished."""
-        self._leaving = True
 
     async def forget_old(self) -> None:
         """Microbatches whose origin has not spoken for `FORGET_S` since they were computed; call it now and then."""

@@ -8,15 +8,21 @@ times are taken on the sender's clock, and what is said about queues only adds t
 
 from __future__ import annotations
 
+import math
 import random
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-RECENT = 0.2
-"""weight of the newest sample in a running mean"""
+RECENT, RECENT_S = 0.2, 2.0
+"""weight of the newest sample in a running mean: at least this, more where the last one is older than so many seconds"""
 FIRST_SERVICE_S = 0.1
 """of a fragment, before anything was measured"""
+TRY_AGAIN_S = 5.0
+"""a peer that was not asked for so long is asked once, however slow it was: it may have had a bad moment, and nobody
+would ever notice that it is over"""
+TRY_ONE_IN = 10
+"""at most so often"""
 FIRST_BAN_S, LONGEST_BAN_S = 1.0, 60.0
 SAMPLE = 16
 """candidates that are compared; of more, so many at random (the power of two choices, and some)"""
@@ -29,6 +35,8 @@ class Holder:
     peer_id: str
     first: int
     end: int
+    leaving: bool = False
+    """about to go: asked only where nobody else holds the fragment"""
 
 
 @dataclass
@@ -43,6 +51,8 @@ class Estimate:
     """waiting there, by its last answer"""
     outstanding: int = 0
     """sent there by this peer and not answered"""
+    asked_at: float = float("-inf")
+    answered_at: float = float("-inf")
     failures: int = 0
     """in a row"""
     banned_until: float = float("-inf")
@@ -54,6 +64,7 @@ class Router:
     def __init__(self, *, clock: Callable[[], float], rng: random.Random) -> None:
         self._clock, self._rng = clock, rng
         self._estimates: dict[str, Estimate] = {}
+        self._since_trial = TRY_ONE_IN
 
     def of(self, peer_id: str) -> Estimate:
         return self._estimates.setdefault(peer_id, Estimate())
@@ -62,6 +73,7 @@ class Router:
         """Who is expected to be through with the stage that begins at `fragment` first, a fragment; None: nobody is
         left. A peer that has failed is left alone for a while, ever longer, but is better than nobody."""
         able = [h for h in holders if h.first <= fragment < h.end and h.peer_id not in excluded]
+        able = [h for h in able if not h.leaving] or able
         if len(able) > SAMPLE:
             able = self._rng.sample(able, SAMPLE)
         now = self._clock()
@@ -69,6 +81,12 @@ class Router:
         if not free:
             return min(able, key=lambda h: self.of(h.peer_id).banned_until, default=None)
         order = self._rng.sample(free, len(free))  # of equals anyone
+        self._since_trial += 1
+        idle = [h for h in order if not self.of(h.peer_id).outstanding]
+        longest = min(idle, key=lambda h: self.of(h.peer_id).asked_at, default=None)
+        if longest and self._since_trial > TRY_ONE_IN and now - self.of(longest.peer_id).asked_at > TRY_AGAIN_S:
+            self._since_trial = 0
+            return longest
         return min(order, key=lambda h: self.expected_s(h, fragment) / (h.end - fragment))
 
     def expected_s(self, holder: Holder, fragment: int) -> float:
@@ -99,7 +117,9 @@ class Router:
         return min(range(end, start, -1), key=total_s)
 
     def asked(self, peer_id: str) -> None:
-        self.of(peer_id).outstanding += 1
+        known = self.of(peer_id)
+        known.outstanding += 1
+        known.asked_at = self._clock()
 
     def answered(
         self, peer_id: str, *, fragments: int, total_s: float, inside_s: float, service_s: float, queue: int
@@ -111,10 +131,10 @@ class Router:
         known.queue = queue
         inside_s = min(inside_s, total_s)
         sample_s = min(service_s, inside_s) / max(1, fragments)
-        first = known.service_s is None
-        known.service_s = sample_s if known.service_s is None else known.service_s + RECENT * (sample_s - known.service_s)
-        link_s = total_s - inside_s
-        known.link_s = link_s if first else known.link_s + RECENT * (link_s - known.link_s)
+        weight = max(RECENT, 1 - math.exp((known.answered_at - self._clock()) / RECENT_S))
+        known.service_s = (1 - weight) * (known.service_s or 0.0) + weight * sample_s
+        known.link_s = (1 - weight) * known.link_s + weight * (total_s - inside_s)
+        known.answered_at = self._clock()
 
     def failed(self, peer_id: str) -> None:
         """It is gone, or silent, or broke the protocol."""

@@ -77,7 +77,8 @@ class Participant:
         self._boundary = Boundary()
         self._stream: PackedStream | None = None
         self._saved_stream: dict[str, Any] = {}
-        self._leaving = False
+        self._leaving = self._stopped = False
+        """about to go; and training is over, too"""
         self._folder: Path
         self._written: tuple[int, list[int]] | None = None
         """tokens of the newest checkpoint, and the fragments in it"""
@@ -256,7 +257,7 @@ class Participant:
             reach=self._arrival.situation.reach,
             heads=averager.heads() if averager else [], pending=averager.pending() if averager else [],
             tokens=trainer.tokens if trainer else 0,
-            tokens_per_s=trainer.tokens_per_s if trainer and not self._leaving else 0.0,
+            tokens_per_s=trainer.tokens_per_s if trainer and not self._stopped else 0.0,
             loss=trainer.loss if trainer else None, leaving=self._leaving,
         )
 
@@ -317,9 +318,11 @@ class Participant:
 
     def leave(self) -> None:
         """Finish: the contribution at hand goes into a round, state is handed over, a checkpoint is written."""
-        if self.trainer is not None:
-            self.trainer.stop()
         self._leaving = True
+        if self.trainer is not None:
+            self.network.run(self._say_so())  # others send what they have elsewhere from now on
+            self.trainer.stop()
+            self._stopped = True
         if self.averager is not None:
             self.averager.leaving = True
             lost = self.network.run(self._settle())
@@ -328,6 +331,10 @@ class Participant:
             self.write_checkpoint()
         with contextlib.suppress(Exception):
             self._emit_progress()
+
+    async def _say_so(self) -> None:
+        directory = self.network.directory
+        await asyncio.gather(*(directory.tell(peer_id) for peer_id in directory.alive()))
 
     async def _settle(self) -> int:
         """Returns the tokens that stay behind."""
@@ -362,14 +369,15 @@ class Participant:
 
 
 def _needs_us(status: Status, heads: list[Head | None]) -> bool:
-    """Of the fragments that both hold: somebody lacks a round that we are part of, or leaves as well and has not finished, or has finished a round that
-    we lack: stay a moment longer. Peers that leave together, as at the end of a run, end with the same weights."""
+    """Of the fragments that both hold: somebody lacks a round that we are part of, or leaves as well and has not finished
+    (trains what is under way, has something pending), or has finished a round that we lack: stay a moment longer. Peers
+    that leave together, as at the end of a run, end with the same weights."""
     pairs = [
         (theirs.tokens, ours.tokens) for theirs, ours in zip(status.heads, heads, strict=False)
         if theirs is not None and ours is not None
     ]
     behind, ahead = any(theirs < ours for theirs, ours in pairs), any(theirs > ours for theirs, ours in pairs)
-    return behind or (status.leaving and (ahead or any(status.pending)))
+    return behind or (status.leaving and (ahead or any(status.pending) or (bool(pairs) and status.tokens_per_s > 0)))
 
 
 def _count(number: int, what: str) -> str:

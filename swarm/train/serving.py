@@ -54,6 +54,8 @@ class Serving:
         for _ in range(self.work.queue):
             self.work.run_next()
             self.boundary.pass_by()
+        if self.steps.sync:  # others wait for what they sent; the gradient of this peer's own batch is not touched
+            self.steps.take_due()
 
 
 async def serve(
@@ -85,8 +87,11 @@ async def serve(
             network.peer_id, chain, link_calls, draw=lambda: stream.next_batch(microbatch_sequences(run)),
             first_number=int(time.time() * 1000) * NUMBERS_A_MS, largest_credit=CREDIT, on_done=on_done,
         )
+    steps = StageSteps(
+        run, inner, compute, averager, announce=lambda: network.submit(averager.announce())
+    )
     calls.serve(chain, network.endpoint)
-    return Serving(work, compute, StageSteps(run, inner, compute, averager), chain, origin, boundary)
+    return Serving(work, compute, steps, chain, origin, boundary)
 
 
 def microbatch_sequences(run: RunConfig) -> int:

@@ -6,6 +6,8 @@ In `sync` runs there is no inner step, and what was learnt goes on to averaging 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from swarm.averaging.averager import Averager
 from swarm.averaging.outer import learning_rate
 from swarm.config import RunConfig
@@ -16,10 +18,15 @@ from swarm.train.inner import InnerOptimizer
 class StageSteps:
     """On the training thread only."""
 
-    def __init__(self, run: RunConfig, inner: InnerOptimizer, compute: StageCompute, averager: Averager) -> None:
+    def __init__(
+        self, run: RunConfig, inner: InnerOptimizer, compute: StageCompute, averager: Averager, *,
+        announce: Callable[[], object],
+    ) -> None:
+        """`announce`: says to the others that there is something to average (`sync` runs: they wait for it)."""
         self._run, self._inner, self._compute, self._averager = run, inner, compute, averager
-        self._sync = run.averaging.mode == "sync"
-        self._quota = 1 if self._sync else run.train.batch_sequences * run.train.sequence_length
+        self._announce = announce
+        self.sync = run.averaging.mode == "sync"
+        self._quota = 1 if self.sync else run.train.batch_sequences * run.train.sequence_length
         self.shares = 0.0
         """tokens trained here, each counted by the share of the fragments that were: over all peers of a microbatch
         they add up to its tokens"""
@@ -37,8 +44,9 @@ class StageSteps:
             if self._compute.tokens(fragment) < quota:
                 continue
             gradients, tokens = self._compute.take(fragment)
-            if self._sync:
+            if self.sync:
                 self._averager.trained_fragment(fragment, tokens, gradients)
+                self._announce()
             else:
                 self._compute.before_write()
                 rate = learning_rate(self._run, self._averager.estimated_tokens())

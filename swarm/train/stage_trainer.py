@@ -26,6 +26,8 @@ WAIT_S = 0.01
 """rounds wait at most this long for an idle training thread to let them at the weights"""
 SETTLE_S = 15.0
 """when leaving: until the origins of microbatches that were done here have spoken"""
+QUIET_S = 1.5
+"""when leaving: others may leave at the same moment and still need this peer for what they have under way"""
 FORGET_EVERY_S = 10.0
 
 
@@ -42,6 +44,8 @@ class StageTrainer:
         self._stream = stream
         self._losses: deque[float] = deque(maxlen=RECENT_STEPS)
         self._times: deque[tuple[float, float]] = deque([(time.monotonic(), 0.0)])
+        self._settled_by = float("inf")
+        self._worked_at = 0.0
         self._leave, self._stop = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._train, name="training", daemon=True)
         self._tasks: list[concurrent.futures.Future[None]] = []
@@ -58,8 +62,8 @@ class StageTrainer:
     def stop(self) -> None:
         """Finishes the microbatches under way, its own and others', takes a last step, and returns."""
         self._leave.set()
-        self._network.call_soon(self._serving.chain.leave)
         if self._thread.is_alive():
+            self._settled_by = time.monotonic() + SETTLE_S
             if self._originating is not None:
                 with contextlib.suppress(Exception):
                     self._originating.result(timeout=SETTLE_S)
@@ -93,13 +97,12 @@ class StageTrainer:
 
     def _train(self) -> None:
         give_way()
-        serving, stopped_at = self._serving, float("inf")
+        serving = self._serving
         try:
-            while not self._is_over(stopped_at):
+            while not self._is_over():
                 serving.boundary.pass_by()
-                serving.work.run_next(wait_s=WAIT_S)
-                if self._stop.is_set():
-                    stopped_at = min(stopped_at, time.monotonic())
+                if serving.work.run_next(wait_s=WAIT_S):
+                    self._worked_at = time.monotonic()
             serving.steps.take_rest()
         except BaseException as error:
             self.error = error
@@ -107,10 +110,12 @@ class StageTrainer:
             serving.work.close()
             serving.boundary.close()
 
-    def _is_over(self, stopped_at: float) -> bool:
+    def _is_over(self) -> bool:
         if not self._stop.is_set():
             return False
-        return self._serving.compute.in_flight == 0 or time.monotonic() > stopped_at + SETTLE_S
+        now = time.monotonic()
+        quiet = self._serving.compute.in_flight == 0 and now - self._worked_at > QUIET_S
+        return quiet or now > self._settled_by
 
     def _committed(self) -> None:
         self._serving.steps.take_due()
@@ -119,8 +124,6 @@ class StageTrainer:
         while len(self._times) > 2 and now - self._times[0][0] > SPEED_WINDOW_S:
             self._times.popleft()
         self._averager.tokens_per_s = self.tokens_per_s
-        if self._run.averaging.mode == "sync":
-            self._network.submit(self._averager.announce())
 
     # -- on the network's thread ------------------------------------------------------------------------------------
 

@@ -56,7 +56,6 @@ class Trainer:
 
     def stop(self) -> None:
         """Ends after the inner step at hand; returns once it has."""
-        self._network.call_soon(self._serving.chain.leave)
         self._stop.set()
         if self._thread.is_alive():
             self._thread.join()
