@@ -346,14 +346,16 @@ class Participant:
 
 
 def _needs_us(status: Status, heads: list[Head | None]) -> bool:
-    """Of the fragments that both hold: somebody lacks a round that we are part of, or leaves as well and has not finished, or has finished a round that
-    we lack: stay a moment longer. Peers that leave together, as at the end of a run, end with the same weights."""
-    pairs = [
-        (theirs.tokens, ours.tokens) for theirs, ours in zip(status.heads, heads, strict=False)
+    """Of the fragments that both hold: somebody lacks a round that we are part of, or leaves as well and has not
+    finished, or has finished a round that we lack: stay a moment longer. Peers that leave together, as at the end of a
+    run, end with the same weights."""
+    both = [
+        (theirs.tokens, ours.tokens, pending)
+        for theirs, ours, pending in zip(status.heads, heads, status.pending, strict=False)
         if theirs is not None and ours is not None
     ]
-    behind, ahead = any(theirs < ours for theirs, ours in pairs), any(theirs > ours for theirs, ours in pairs)
-    return behind or (status.leaving and (ahead or any(status.pending)))
+    behind, ahead = any(theirs < ours for theirs, ours, _ in both), any(theirs > ours for theirs, ours, _ in both)
+    return behind or (status.leaving and (ahead or any(pending for _, _, pending in both)))
 
 
 def _count(number: int, what: str) -> str:
