@@ -1,5 +1,5 @@
 """Swarms whose peers hold different fragments, under delay, loss, partition and death: for each fragment one truth
-among its holders (I1), no token lost or counted twice (I2), nobody waits for the dead (I3), or for who does not hold it.
+among its holders (I1), no token lost or counted twice (I2), nobody waits for the dead (I3), or for non-holders.
 """
 
 from __future__ import annotations

@@ -28,9 +28,8 @@ def run() -> RunConfig:
 def stage_of(held: Held, first: int, end: int) -> Held:
     """The same, as a peer with the stage [first, end) has it."""
     indices = range(first, end)
-    return Held(
-        held.model, held.fragments[first:end], {i: held.layouts[i] for i in indices}, {i: held.states[i] for i in indices}
-    )
+    layouts, states = {i: held.layouts[i] for i in indices}, {i: held.states[i] for i in indices}
+    return Held(held.model, held.fragments[first:end], layouts, states)
 
 
 def moved(state: GlobalState) -> GlobalState:
