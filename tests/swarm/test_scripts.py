@@ -153,6 +153,28 @@ def test_silent_peers_and_observers_are_not_counted_and_rendezvous_peers_are():
     assert "silent" in "\n".join(monitor.table(view, peers))
 
 
+def test_a_fragment_counts_those_who_hold_it():
+    peers = [
+        seen("a", heads=[head(10, "a"), None, None]), seen("b", heads=[head(20, "b"), head(30, "c"), None]),
+        seen("c", heads=[None, head(30, "c"), None]), seen("r", role="rendezvous"),
+    ]
+    view = monitor.summary("demo-0123456789ab", peers, num_fragments=3)
+    assert [(f["holders"], f["version"]) for f in view["fragments"]] == [(2, 2), (2, 3), (0, None)]
+    assert [peer["versions"] for peer in view["peer_list"]] == [[1, None, None], [2, 3, None], [None, 3, None], []]
+    assert json.loads(json.dumps(view))["peer_list"][2]["digests"] == [None, "c" * 64, None]
+    lines = monitor.table(view, peers)
+    assert [line.split()[2] for line in lines[3:7]] == ["0", "0-1", "1", "-"]
+    assert [line.split()[:4] for line in lines[-3:-1]] == [["0", "2", "2", "1"], ["1", "3", "2", "2"]]
+    assert lines[-1].split() == ["2", "nobody", "holds", "it"]
+
+
+@pytest.mark.parametrize(("held", "text"), [
+    ([], "-"), ([0, 1, 2, 3], "all"), ([2], "2"), ([1, 2], "1-2"), ([0, 3], "2 of them"), ([7], "-"),
+])
+def test_a_stage_is_shown_as_its_first_and_last_fragment(held, text):
+    assert monitor.span(held, 4) == text
+
+
 def test_an_empty_swarm_is_shown_as_such():
     view = monitor.summary("demo-0123456789ab", [], num_fragments=2)
     assert view["peers"] == 0 and view["loss"] is None and view["fragments"][1]["digest"] is None

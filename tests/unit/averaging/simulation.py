@@ -110,6 +110,7 @@ class Peer:
         self.trained = 0
         self.trained_in = dict.fromkeys(range(len(world.layouts)), 0)
         """by fragment, where there are several"""
+        self.ever_held = set(layouts)
         self.untrained: set[int] = set()
         """fragments that it holds and does not train: it is about to let go of them"""
         self._tasks: list[asyncio.Task[None]] = []

@@ -149,6 +149,22 @@ def test_messages_cannot_be_changed_once_checked():
         parse(Status, SMALLEST).tokens = -1
 
 
+def test_a_status_has_none_for_the_fragments_that_its_peer_does_not_hold():
+    head = {"version": 3, "digest": "a" * 64, "tokens": 7}
+    status = parse(Status, {**SMALLEST, "heads": [None, head, head, None], "pending": [0, 5, 0, 0]})
+    assert set(status.held()) == {1, 2} and status.held()[1] == status.head(1) == parse(Head, head)
+    assert [status.head(index) for index in (0, 3, 4, 10**6)] == [None] * 4
+    again = parse(Status, json.loads(json.dumps(status.model_dump(exclude_defaults=True))))
+    assert again == status and again.heads[0] is None, "as it travels"
+    assert parse(Status, SMALLEST).held() == parse(Status, {**SMALLEST, "heads": [None] * 4}).held() == {}
+
+
+@pytest.mark.parametrize("entry", [0, False, "", [], {}, "none"])
+def test_nothing_but_none_stands_for_a_fragment_that_is_not_held(entry):
+    with pytest.raises(BadMessage, match="malformed Status"):
+        parse(Status, {**SMALLEST, "heads": [entry]})
+
+
 def test_the_largest_status_fits_into_what_is_bounded():
     """Status of a peer that holds 256 fragments: told directly, in one head."""
     head = Head(version=2**40, digest="f" * 64, tokens=records.MAX_TOKENS)

@@ -195,6 +195,99 @@ def test_a_checkpoint_of_another_run_is_left_out(folder: Path) -> None:
     assert checkpoint.load_newest(folder, numels=dict(enumerate(NUMELS)), num_fragments=2, num_buffers=2) is None
 
 
+# --- some fragments of four
+
+FOUR = {0: 256, 1: 512, 2: 768, 3: 1024}
+
+
+def stage(first: int, end: int, version: int = 5) -> Checkpoint:
+    whole = saved(version, numels=list(FOUR.values()))
+    return Checkpoint(whole.states[first:end], whole.stream)
+
+
+def load_stage(folder: Path, first: int, end: int, warnings: list[str] | None = None) -> Checkpoint | None:
+    warn: Callable[[str], None] = (lambda text: None) if warnings is None else warnings.append
+    numels = {index: FOUR[index] for index in range(first, end)}
+    return checkpoint.load_newest(folder, numels=numels, num_fragments=4, num_buffers=1, warn=warn)
+
+
+def test_a_peer_writes_and_reads_just_the_fragments_that_it_holds(tmp_path: Path) -> None:
+    path = checkpoint.write(tmp_path, stage(1, 3), num_fragments=4)
+    assert names(path) == ["fragment-001.safetensors", "fragment-002.safetensors", MANIFEST]
+    document = json.loads((path / MANIFEST).read_text())
+    assert document["num_fragments"] == 4 and [entry["fragment"] for entry in document["fragments"]] == [1, 2]
+    assert same(load_stage(tmp_path, 1, 3), stage(1, 3))
+
+
+@pytest.mark.parametrize(("wanted", "found"), [
+    ((1, 2), (1, 2)), ((2, 4), (2, 3)), ((0, 4), (1, 3)), ((0, 2), (1, 2)),
+])
+def test_whoever_holds_others_now_takes_those_that_it_still_needs(
+    tmp_path: Path, wanted: tuple[int, int], found: tuple[int, int]
+) -> None:
+    checkpoint.write(tmp_path, stage(1, 3), num_fragments=4)
+    warnings: list[str] = []
+    assert same(load_stage(tmp_path, *wanted, warnings), stage(*found)) and warnings == []
+
+
+def test_a_newer_one_of_other_fragments_is_passed_over_and_not_called_damaged(tmp_path: Path) -> None:
+    checkpoint.write(tmp_path, stage(0, 2, version=5), num_fragments=4)
+    checkpoint.write(tmp_path, stage(2, 4, version=9), num_fragments=4)
+    warnings: list[str] = []
+    assert same(load_stage(tmp_path, 0, 2, warnings), stage(0, 2, version=5)) and warnings == []
+    assert same(load_stage(tmp_path, 1, 3), stage(2, 3, version=9)), "the newest that has any"
+    (tmp_path / "000001").rename(tmp_path / "old")
+    assert load_stage(tmp_path, 0, 2, warnings) is None and warnings == []
+
+
+def test_damage_to_a_fragment_that_is_not_needed_costs_nothing(tmp_path: Path) -> None:
+    path = checkpoint.write(tmp_path, stage(0, 4), num_fragments=4)
+    flip(path / "fragment-003.safetensors", 700)
+    warnings: list[str] = []
+    assert same(load_stage(tmp_path, 0, 3, warnings), stage(0, 3)) and warnings == []
+    assert load_stage(tmp_path, 2, 4, warnings) is None and len(warnings) == 1
+
+
+def without_the_number(path: Path) -> None:
+    """As the first ones were written, by peers that held everything."""
+    document = json.loads((path / MANIFEST).read_text())
+    del document["num_fragments"]
+    (path / MANIFEST).write_text(json.dumps(document))
+
+
+def test_old_checkpoints_of_whole_peers_still_load(tmp_path: Path) -> None:
+    without_the_number(checkpoint.write(tmp_path, stage(0, 4), num_fragments=4))
+    warnings: list[str] = []
+    assert same(load_stage(tmp_path, 0, 4, warnings), stage(0, 4))
+    assert same(load_stage(tmp_path, 1, 3, warnings), stage(1, 3)) and warnings == []
+
+
+def test_without_a_number_it_must_hold_everything(tmp_path: Path) -> None:
+    without_the_number(checkpoint.write(tmp_path, stage(1, 3), num_fragments=4))
+    warnings: list[str] = []
+    assert load_stage(tmp_path, 1, 3, warnings) is None and "fragments of this run" in warnings[0]
+
+
+@pytest.mark.parametrize("number", [3, 5, 0, -1, None, "4"])
+def test_a_checkpoint_of_a_run_with_another_number_of_fragments_is_refused(tmp_path: Path, number: object) -> None:
+    path = checkpoint.write(tmp_path, stage(1, 3), num_fragments=4)
+    document = json.loads((path / MANIFEST).read_text())
+    (path / MANIFEST).write_text(json.dumps({**document, "num_fragments": number}))
+    warnings: list[str] = []
+    assert load_stage(tmp_path, 1, 3, warnings) is None and len(warnings) == 1
+
+
+@pytest.mark.parametrize("indices", [[1, 1], [2, 1], [1, 4], [-1, 2], [1, None], [1, "2"], [True, 2]])
+def test_fragments_are_named_once_in_order_and_are_the_run_s(tmp_path: Path, indices: list[object]) -> None:
+    path = checkpoint.write(tmp_path, stage(1, 3), num_fragments=4)
+    document = json.loads((path / MANIFEST).read_text())
+    for entry, index in zip(document["fragments"], indices, strict=True):
+        entry["fragment"] = index
+    (path / MANIFEST).write_text(json.dumps(document))
+    warnings: list[str] = []
+    assert load_stage(tmp_path, 0, 4, warnings) is None and len(warnings) == 1
+
+
 def test_all_damaged_means_none(folder: Path) -> None:
     for number in ("000001", "000002"):
         flip(folder / number / "fragment-000.safetensors", 700)
