@@ -114,10 +114,11 @@ def compare(name: str, edges: tuple[int, ...], *, prefix: int = 0) -> None:
         held = [(key, parameter) for stage in dict.fromkeys(stages) for key, parameter in stage.held()]
         assert sorted(key for key, _ in held) == sorted(wanted), "a parameter is in no stage, or in two"
         for key, parameter in held:
-            if wanted[key].grad is None:
+            gradient = wanted[key].grad
+            if gradient is None:
                 assert parameter.grad is None or not parameter.grad.any(), f"a gradient of {key} from nowhere"
             else:
-                assert parameter.grad is not None and torch.equal(parameter.grad, wanted[key].grad), f"gradient of {key}"
+                assert parameter.grad is not None and torch.equal(parameter.grad, gradient), f"gradient of {key}"
 
 
 def chain(steps: list[tuple[Any, tuple[int, int]]], ids: Any, mask: Any = None) -> Any:

@@ -22,7 +22,7 @@ import yaml
 
 from swarm.config import PeerConfig, RunConfig
 from swarm.errors import ConfigError
-from swarm.units import maddr_problem, parse_count, printable
+from swarm.units import format_bytes, maddr_problem, parse_bytes, parse_count, printable
 
 RUN_ID_PATTERN = r"[a-z0-9][a-z0-9-]{0,39}-[0-9a-f]{12}"
 EXAMPLE_PEER = "/p2p/12D3KooWDpJ7As7BWAwRMfu1VU2WCqNjvq387JEYKDBj4kx6nXTN"
@@ -43,6 +43,8 @@ _HELP: dict[str, dict[str, tuple[str, str]]] = {
         "role": ("ROLE", "trainer, or rendezvous: a stable peer that others join through and that trains nothing"),
         "device": ("DEVICE", "auto, cpu, cuda, cuda:N or mps"),
         "threads": ("N", "CPU threads for training; 0: torch decides"),
+        "fragments": ("A:B", "which fragments of the model to hold: those from A to before B, counted from 0, or auto"),
+        "max_memory": ("SIZE", "how much memory to take at most, such as 6GB (default: what is free)"),
         "listen": (_MADDR, "addresses to listen on (default: a free TCP port, kept for the next start)"),
         "announce": (_MADDR, "addresses to tell others, where they differ, as with port forwarding"),
         "no_introductions": ("", "do not help peers behind closed routers to find each other"),
@@ -54,7 +56,11 @@ _HELP: dict[str, dict[str, tuple[str, str]]] = {
 }
 _FIELDS = {f.name: f for f in dataclasses.fields(PeerConfig)}
 _CHOICES = {"role": ("trainer", "rendezvous"), "ui": ("auto", "plain", "live", "json")}
-_READ: dict[str, Callable[[str], Any]] = {"join_timeout_s": float, "until_tokens": parse_count, "threads": parse_count}
+_READ: dict[str, Callable[[str], Any]] = {
+    "join_timeout_s": float, "until_tokens": parse_count, "threads": parse_count, "max_memory": parse_bytes,
+}  # fmt: skip
+MIN_MEMORY_BYTES = 500_000_000
+"""the program itself takes most of that"""
 
 
 def parse(argv: Sequence[str], environ: Mapping[str, str]) -> PeerConfig:
@@ -138,6 +144,16 @@ class _Parser(configargparse.ArgumentParser):  # type: ignore[misc]
         raise ConfigError(message, why=why, do="see python -m swarm.peer --help")
 
 
+class _Yaml(yaml.SafeLoader):
+    """Whole numbers stay text, which is what ConfigArgParse wants: YAML reads 1:3 as 63, in base 60, and not as the
+    fragments from 1 to before 3."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:int"]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
 class _ConfigFile(configargparse.ConfigFileParser):  # type: ignore[misc]
     """Flat YAML, keys with dashes or underscores. Unknown keys are errors: a limit with a typo is no limit."""
 
@@ -147,7 +163,7 @@ class _ConfigFile(configargparse.ConfigFileParser):  # type: ignore[misc]
     def parse(self, stream: io.TextIOBase) -> dict[str, str | list[str]]:
         origin = str(getattr(stream, "name", "the config file"))
         try:
-            document = yaml.safe_load(stream)
+            document = yaml.load(stream, Loader=_Yaml)
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ConfigError(f"{origin} is not YAML", why=str(error), do="write one `key: value` a line") from None
         if document is None:
@@ -281,6 +297,16 @@ def _check(config: PeerConfig, sources: dict[str, str]) -> None:
     need(known_device is not None, "device", "must be auto, cpu, cuda, cuda:N or mps")
     need(config.until_tokens is None or config.until_tokens > 0, "until_tokens", "must be over 0")
     need(0 <= config.threads <= 4096, "threads", "must be 0 (torch decides) to 4096")
+    try:
+        _ = config.fragment_span
+    except ValueError as error:
+        need(
+            False, "fragments", "must be auto or A:B", do="--fragments 0:2 holds the first two",
+            why=f"{error}; into how many the model is cut is decided by the swarm, which of them you hold by you",
+        )  # fmt: skip
+    enough = config.max_memory is None or config.max_memory >= MIN_MEMORY_BYTES
+    got = "" if config.max_memory is None else f"got {format_bytes(config.max_memory)}; the program itself needs that"
+    need(enough, "max_memory", f"must be {format_bytes(MIN_MEMORY_BYTES)} or more", why=got)
     need(0 < config.join_timeout_s <= 86_400, "join_timeout_s", "must be over 0 and at most 86400 seconds")
     need(config.home.strip() != "", "home", "must be a folder")
     name = config.name

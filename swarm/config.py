@@ -28,6 +28,8 @@ from swarm.errors import ConfigError
 MAX_RUN_CONFIG_BYTES = 8_000
 """A run config travels in one DHT record, and records over 10 kB break the DHT."""
 
+MAX_FRAGMENTS = 256
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -137,6 +139,10 @@ class PeerConfig:
     """auto | cpu | cuda | cuda:N | mps"""
     threads: int = 0
     """CPU threads for training; 0: torch decides"""
+    fragments: str = "auto"
+    """which of the run's fragments to hold: auto, or A:B for those from A to before B"""
+    max_memory: int | None = None
+    """bytes this peer may take, of main memory and of the GPU's each; default: what is free"""
     listen: list[str] = field(default_factory=list)
     """multiaddresses to listen on; default: a free TCP port on every interface, kept for the next start"""
     announce: list[str] = field(default_factory=list)
@@ -154,18 +160,16 @@ class PeerConfig:
     verbose: bool = False
 
     @property
-    def part(self) -> tuple[int, int] | None:
-        """The fragments [first, end) that `fragments` names; None: auto."""
+    def fragment_span(self) -> tuple[int, int] | None:
+        """(first fragment to hold, one past the last); None: whatever is best for the swarm. Raises ValueError."""
         if self.fragments == "auto":
             return None
-        match = re.fullmatch(r"(\d{1,4}):(\d{1,4})", self.fragments)
-        first, end = (int(match[1]), int(match[2])) if match else (0, 0)
-        if first >= end:
-            raise ConfigError(
-                f"fragments cannot be {_shown(self.fragments)}", why="they are counted from 0, and the end is not in them",
-                do="write A:B, such as 0:2 for the first two, or auto",
-            )
-        return first, end
+        if re.fullmatch(r"[0-9]{1,3}:[0-9]{1,3}", self.fragments) is None:
+            raise ValueError(f"{self.fragments!r} is neither auto nor of the form A:B")
+        start, end = map(int, self.fragments.split(":"))
+        if not start < end <= MAX_FRAGMENTS:
+            raise ValueError(f"there are no fragments from {start} to before {end}")
+        return start, end
 
 
 def canonical_json(run: RunConfig) -> bytes:
@@ -309,7 +313,7 @@ def _check_run(run: RunConfig) -> None:
     sources = data.stdlib + bool(data.files) + (data.hub is not None)
     need(sources == 1, "data needs exactly one of stdlib, files and hub")
     need(0 < data.held_out_percent <= 50, "data.held_out_percent must be over 0 and at most 50")
-    need(1 <= run.fragments <= 256, "fragments must be 1 to 256")
+    need(1 <= run.fragments <= MAX_FRAGMENTS, f"fragments must be 1 to {MAX_FRAGMENTS}")
     need(0 <= run.seed < 2**31, "seed must be 0 to 2**31 - 1")
     need(8 <= train.sequence_length <= 2**20, "train.sequence_length must be 8 to 2**20 tokens")
     need(1 <= train.batch_sequences <= 2**16, "train.batch_sequences must be 1 to 65536")

@@ -3,6 +3,11 @@
 The whole model is made without memory (`skeleton.py`), the tensors that the stage holds become real, read from a
 checkpoint (`weights.py`) or drawn from the run's seed (`draw.py`), and the rest is cut off (`stage.py`). Bit for bit
 what `build_model` gives for those blocks.
+
+Of the 121 families of FAMILIES.md, openai-gpt, apertus and (with a head of its own) data2vec-text cannot start from
+random weights in parts: the library sets some of their values only where it makes the whole model. Checkpoints of all
+can be read in parts. One differs from `build_model`: transformers' loader sets the padding row of youtu's embedding to
+zero, whatever the file says.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -40,13 +40,14 @@ class Checkpoint:
         self._revision = revision
         self.file_of: dict[str, str] = {}
         """name in the file -> name of the file"""
+        self._unreachable: Exception | None = None
         if (one := self._find(ONE)) is not None:  # the library's order
             with self._open(one) as file:
                 self.file_of = dict.fromkeys(file.keys(), ONE)
         elif (index := self._find(INDEX)) is not None:
             self.file_of = _read_index(index)
         else:
-            raise ConfigError(
+            raise self._not_found(
                 f"{source} cannot be read in parts", why=f"it has neither {ONE} nor {INDEX}",
                 do="convert it: load it with transformers once, and save_pretrained it",
             )  # fmt: skip
@@ -55,7 +56,7 @@ class Checkpoint:
         """The open file `name`, downloaded first where it is on the hub. Raises ConfigError."""
         path = self._find(name)
         if path is None:
-            raise ConfigError(
+            raise self._not_found(
                 f"cannot load the weights of {self.source}", why=f"{name} is in its index and not there",
                 do="download the model again",
             )  # fmt: skip
@@ -73,10 +74,18 @@ class Checkpoint:
             return self._folder / name if (self._folder / name).is_file() else None
         try:
             return Path(hf_hub_download(self.source, name, revision=self._revision))
-        except EntryNotFoundError:  # also where it is neither in the cache nor to be had, as without a network
+        except EntryNotFoundError as error:
+            if isinstance(error, LocalEntryNotFoundError):  # not in the cache, and the hub cannot be asked
+                self._unreachable = error
             return None
         except (OSError, ValueError) as error:
             raise hub_error(self.source, error) from None
+
+
+    def _not_found(self, what: str, *, why: str, do: str) -> ConfigError:
+        if self._unreachable is not None:
+            return hub_error(self.source, self._unreachable)
+        return ConfigError(what, why=why, do=do)
 
 
 class _Part(NamedTuple):

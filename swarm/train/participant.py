@@ -96,7 +96,7 @@ class Participant:
 
         began = time.monotonic()
         if config.new_swarm:
-            self.run, self.held = run_source.new_run(config.run, part=config.part)
+            self.run, self.held = run_source.new_run(config.run, part=config.fragment_span)
         elif not config.initial_peers:
             self.run = run_source.remembered(self.home, config.run_id)
         arrival = self._arrival = Arrival(config, self.home, self.network)
@@ -117,7 +117,7 @@ class Participant:
         if config.role == "trainer":
             began = time.monotonic()
             if self.held is None:
-                self.held = run_source.hold(self.run, part=config.part)
+                self.held = run_source.hold(self.run, part=config.fragment_span)
             num_parameters = sum(layout.num_parameters for layout in self.held.layouts.values())
             plan = plan_memory(num_parameters, device=device, bits=self.run.averaging.bits)
             if not plan.fits:
@@ -372,12 +372,14 @@ def _needs_us(status: Status, heads: list[Head | None]) -> bool:
     """Of the fragments that both hold: somebody lacks a round that we are part of, or leaves as well and has not finished
     (trains what is under way, has something pending), or has finished a round that we lack: stay a moment longer. Peers
     that leave together, as at the end of a run, end with the same weights."""
-    pairs = [
-        (theirs.tokens, ours.tokens) for theirs, ours in zip(status.heads, heads, strict=False)
+    both = [
+        (theirs.tokens, ours.tokens, pending)
+        for theirs, ours, pending in zip(status.heads, heads, status.pending, strict=False)
         if theirs is not None and ours is not None
     ]
-    behind, ahead = any(theirs < ours for theirs, ours in pairs), any(theirs > ours for theirs, ours in pairs)
-    return behind or (status.leaving and (ahead or any(status.pending) or (bool(pairs) and status.tokens_per_s > 0)))
+    behind, ahead = any(theirs < ours for theirs, ours, _ in both), any(theirs > ours for theirs, ours, _ in both)
+    busy = any(pending for _, _, pending in both) or (bool(both) and status.tokens_per_s > 0)
+    return behind or (status.leaving and (ahead or busy))
 
 
 def _count(number: int, what: str) -> str:

@@ -51,12 +51,13 @@ def test_all_flags_arrive():
     argv = (
         "--home /h --name amber --role rendezvous --device cuda:1 --threads 3 --listen /ip4/0.0.0.0/tcp/0 -v "
         "--ui json --announce /ip4/203.0.113.7/tcp/5 --run-id demo-0123456789ab --until-tokens 20M"
-        " --join-timeout-s 2.5"
+        " --join-timeout-s 2.5 --fragments 1:3 --max-memory 6GB"
     )
     assert parse([*argv.split(), "--initial-peers", GOOD, OTHER], {}) == PeerConfig(
         initial_peers=[GOOD, OTHER], run_id="demo-0123456789ab", home="/h", name="amber", role="rendezvous",
         device="cuda:1", threads=3, listen=["/ip4/0.0.0.0/tcp/0"], announce=["/ip4/203.0.113.7/tcp/5"],
-        until_tokens=20_000_000, ui="json", join_timeout_s=2.5, verbose=True,
+        until_tokens=20_000_000, ui="json", join_timeout_s=2.5, verbose=True, fragments="1:3",
+        max_memory=6_000_000_000,
     )  # fmt: skip
     assert parse(["--new-swarm", "--run", "my.yaml"], {}) == PeerConfig(new_swarm=True, run="my.yaml")
 
@@ -114,6 +115,30 @@ def test_file_values_keep_their_kind(config_file):
     assert parse(["--config", config_file("")], {}) == PeerConfig()
 
 
+@pytest.mark.parametrize(("text", "span"), [("auto", None), ("0:1", (0, 1)), ("1:3", (1, 3)), ("12:256", (12, 256))])
+def test_fragments_mean_the_same_from_every_source(config_file, text, span):
+    """YAML alone would take 1:3 for sixty-three."""
+    for config in (
+        parse(["--fragments", text], {}), parse([], {"SWARM_FRAGMENTS": text}),
+        parse(["--config", config_file(f"fragments: {text}")], {}),
+        parse(["--config", config_file(f'fragments: "{text}"')], {}),
+    ):  # fmt: skip
+        assert (config.fragments, config.fragment_span) == (text, span)
+
+
+def test_asking_for_a_number_of_fragments_is_told_who_decides_that():
+    message = refused(["--fragments", "2", "--initial-peers", GOOD])
+    assert "decided by the swarm" in message and "--fragments 0:2" in message
+    assert "(from environment SWARM_FRAGMENTS)" in refused([], {"SWARM_FRAGMENTS": "4"})
+
+
+@pytest.mark.parametrize(("text", "num_bytes"), [("6GB", 6 * 10**9), ("1.5 GiB", 3 * 2**29), ("700000000", 7 * 10**8)])
+def test_memory_is_a_size_in_every_source(config_file, text, num_bytes):
+    assert parse([f"--max-memory={text}"], {}).max_memory == num_bytes
+    assert parse([], {"SWARM_MAX_MEMORY": text}).max_memory == num_bytes
+    assert parse(["--config", config_file(f"max-memory: {text}")], {}).max_memory == num_bytes
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
@@ -162,6 +187,16 @@ def test_a_file_in_another_encoding_is_a_stated_error(tmp_path):
         (["--threads", "two"], "'two'"),
         (["--device", "gpu"], "--device must be auto"),
         (["--device", "cuda:x"], "--device must be auto"),
+        (["--fragments", "2"], "--fragments must be auto or A:B"),
+        (["--fragments", "all"], "'all' is neither auto nor of the form A:B"),
+        (["--fragments", "2:2"], "there are no fragments from 2 to before 2"),
+        (["--fragments", "3:1"], "there are no fragments from 3 to before 1"),
+        (["--fragments=-1:2"], "--fragments must be auto or A:B"),
+        (["--fragments", "0:257"], "there are no fragments from 0 to before 257"),
+        (["--max-memory", "lots"], "6GB or 512MiB"),
+        (["--max-memory", "6 parsecs"], "6GB or 512MiB"),
+        (["--max-memory", "100MB"], "--max-memory must be 500 MB or more"),
+        (["--max-memory", "6"], "got 6 B"),
         (["--join-timeout-s", "nan"], "--join-timeout-s must be over 0"),
         (["--join-timeout-s", "0"], "--join-timeout-s must be over 0"),
         (["--join-timeout-s", "soon"], "soon"),
@@ -210,7 +245,6 @@ def test_a_mistake_says_which_source_it_is_from(config_file):
         (["--bits=8"], "averaging.bits", "8"),
         (["--train.learning-rate", "0.1"], "train.learning_rate", "0.1"),
         (["--learning_rate", "0.1"], "train.learning_rate", "0.1"),
-        (["--fragments", "2"], "fragments", "2"),
         (["--seed", "1", "--initial-peers", GOOD], "seed", "1"),
         (["--model.source", "gpt2"], "model.source", "gpt2"),
         (["--stdlib", "--verbose"], "data.stdlib", "true"),
@@ -238,7 +272,8 @@ def test_a_file_key_for_what_the_swarm_decides_is_answered_as_such(config_file, 
 
 def test_every_run_setting_is_known_by_its_full_and_its_short_name():
     for field in dataclasses.fields(RunConfig):
-        assert field.name in cli._RUN_KEYS or field.name == "name"  # --name is the peer's
+        # --name is the peer's, and --fragments says which of them it holds
+        assert field.name in cli._RUN_KEYS or field.name in ("name", "fragments")
     for full in ("averaging.tokens_per_round", "train.betas", "data.held_out_percent", "model.revision"):
         assert cli._RUN_KEYS[full] == full
         assert full.split(".")[1] in cli._RUN_KEYS

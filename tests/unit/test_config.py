@@ -300,3 +300,17 @@ def test_configs_cannot_be_changed():
     for config in (PeerConfig(), TrainConfig(), run_from_dict(SMALLEST, origin="test")):
         with pytest.raises(dataclasses.FrozenInstanceError):
             setattr(config, dataclasses.fields(config)[0].name, "other")
+
+
+# --- the peer's own
+
+
+@pytest.mark.parametrize(("text", "span"), [("auto", None), ("0:1", (0, 1)), ("3:17", (3, 17)), ("0:256", (0, 256))])
+def test_the_fragments_to_hold_are_a_span(text, span):
+    assert PeerConfig(fragments=text).fragment_span == span
+
+
+@pytest.mark.parametrize("text", ["", "2", "2:", ":2", "1:1", "2:1", "-1:2", "0:257", "a:b", "1:2:3", " 1:2", "1:2\n"])
+def test_other_spans_are_refused(text):
+    with pytest.raises(ValueError, match=r"neither auto|there are no fragments"):
+        _ = PeerConfig(fragments=text).fragment_span

@@ -1,0 +1,168 @@
+"""The memory plan: every row by hand, the sum against real tensors, and how many fragments fit."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from swarm.errors import ConfigError
+from swarm.host.memory import (
+    PROGRAM_BYTES,
+    PartSize,
+    Row,
+    StagePlan,
+    Work,
+    activation_bytes,
+    check_fits,
+    fragments_that_fit,
+    plan_stage,
+)
+
+MILLION = PartSize(1_000_000, num_blocks=2)
+WORK = Work(hidden_size=100, num_heads=4, sequence_length=10, microbatch_sequences=2, microbatches_in_flight=3)
+ROOM = 10**12
+
+
+def rows(size: PartSize = MILLION, **changes: object) -> dict[str, int]:
+    plan = plan_stage(size, dataclasses.replace(WORK, **changes), main_limit_bytes=ROOM, gpu_limit_bytes=ROOM)
+    return {row.what: row.num_bytes for row in plan.rows}
+
+
+def test_each_row_by_hand() -> None:
+    assert rows() == {
+        "program": PROGRAM_BYTES,
+        "weights (1M parameters)": 4_000_000,
+        "gradients": 4_000_000,
+        "AdamW": 8_000_000,
+        "activations of 3 x 2 x 10 tokens": 3 * 2 * (2 * 10) * (50 * 100 + 3 * 4 * 10) * 4,
+        "global weights and momentum": 8_000_000,
+        "error feedback": 4_000_000,
+    }
+
+
+def test_what_changes_a_row() -> None:
+    assert "error feedback" not in rows(bits=32)
+    assert rows(optimizer_bits=8)["AdamW, 8-bit"] == 2_000_000 + 8 * 3907
+    small = activation_bytes(MILLION, dataclasses.replace(WORK, microbatch_sequences=1))
+    assert 2 * small == activation_bytes(MILLION, WORK)
+    head = dataclasses.replace(MILLION, logits=5000)
+    assert activation_bytes(head, WORK) - activation_bytes(MILLION, WORK) == 20 * 5000 * 3 * 4
+    more = dataclasses.replace(WORK, microbatches_in_flight=4)
+    assert activation_bytes(head, more) - activation_bytes(head, WORK) == 2 * 20 * 5120 * 4, "but no more logits"
+
+
+def test_without_a_gpu_all_is_in_main_memory() -> None:
+    plan = plan_stage(MILLION, WORK, main_limit_bytes=ROOM)
+    assert plan.gpu_bytes == 0 and plan.fits
+    assert plan.main_bytes == plan.total_bytes == sum(row.num_bytes for row in plan.rows)
+
+
+def test_on_a_gpu_the_two_memories_are_counted_apart() -> None:
+    work = dataclasses.replace(WORK, on_gpu=True)
+    activations = activation_bytes(MILLION, WORK)
+    main, gpu = PROGRAM_BYTES + 12_000_000, 16_000_000 + activations
+    plan = plan_stage(MILLION, work, main_limit_bytes=main, gpu_limit_bytes=gpu)
+    assert (plan.main_bytes, plan.gpu_bytes, plan.fits) == (main, gpu, True)
+    assert not plan_stage(MILLION, work, main_limit_bytes=main - 1, gpu_limit_bytes=gpu).fits
+    assert not plan_stage(MILLION, work, main_limit_bytes=main, gpu_limit_bytes=gpu - 1).fits
+
+
+def test_the_table_has_a_line_a_row_and_says_what_is_too_little() -> None:
+    plan = StagePlan((Row("weights", 4_000_000, True), Row("global weights", 12_345_678, False)), 20_000_000, 3_000_000)
+    assert plan.table().splitlines() == [
+        "weights (GPU)      4 MB",
+        "global weights  12.3 MB",
+        "main memory     12.3 MB  of 20 MB",
+        "GPU memory         4 MB  of 3 MB: too little",
+    ]
+    text = plan_stage(MILLION, WORK, main_limit_bytes=10**6).table()
+    assert "GPU" not in text and text.endswith("of 1 MB: too little")
+    assert len(text.splitlines()) == 8
+
+
+def test_a_plan_that_does_not_fit_is_an_error_with_the_table_and_ways_out() -> None:
+    check_fits(plan_stage(MILLION, WORK, main_limit_bytes=ROOM))
+    plan = plan_stage(MILLION, WORK, main_limit_bytes=10**8)
+    with pytest.raises(ConfigError, match="do not fit") as caught:
+        check_fits(plan)
+    assert plan.table() in caught.value.why
+    assert "--fragments" in caught.value.do and "--max-memory" in caught.value.do
+
+
+# --- how many fit
+
+FRAGMENTS = [PartSize(3_000_000, 1), PartSize(1_000_000, 1), PartSize(1_000_000, 1), PartSize(2_000_000, 1, 50_000)]
+
+
+@pytest.mark.parametrize("start", [0, 1, 2, 3])
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_as_many_fit_as_the_plan_of_their_sum_says(start: int, on_gpu: bool) -> None:
+    work = dataclasses.replace(WORK, on_gpu=on_gpu)
+    most = len(FRAGMENTS) - start
+    needed = []
+    for count in range(1, most + 1):
+        size = sum(FRAGMENTS[start : start + count], PartSize(0, 0))
+        plan = plan_stage(size, work, main_limit_bytes=ROOM, gpu_limit_bytes=ROOM)
+        needed.append((plan.main_bytes, plan.gpu_bytes))
+    for count, (main, gpu) in enumerate(needed, start=1):
+        limits = {"start": start, "main_limit_bytes": main, "gpu_limit_bytes": gpu}
+        assert fragments_that_fit(FRAGMENTS, work, **limits) == count
+        assert fragments_that_fit(FRAGMENTS, work, **{**limits, "main_limit_bytes": main - 1}) == count - 1
+    assert fragments_that_fit(FRAGMENTS, work, start=start, main_limit_bytes=ROOM, gpu_limit_bytes=ROOM) == most
+
+
+def test_nothing_fits_into_nothing() -> None:
+    assert fragments_that_fit(FRAGMENTS, WORK, main_limit_bytes=PROGRAM_BYTES) == 0
+    assert fragments_that_fit([], WORK, main_limit_bytes=ROOM) == 0
+
+
+def test_gpt_j_on_a_laptop() -> None:
+    """28 blocks of 201 M parameters, 6 GB allowed: not one with 32-bit states, but beside other laptops one fits."""
+    block = PartSize(201_000_000, 1)
+    work = Work(hidden_size=4096, num_heads=16, sequence_length=512)
+    assert fragments_that_fit([block] * 26, work, main_limit_bytes=6_000_000_000) == 0
+    assert fragments_that_fit([block] * 26, work, main_limit_bytes=8_000_000_000) == 1
+    light = dataclasses.replace(work, optimizer_bits=8, sequence_length=256)
+    assert fragments_that_fit([block] * 26, light, main_limit_bytes=6_000_000_000) == 1
+    assert fragments_that_fit([block] * 26, light, main_limit_bytes=64_000_000_000) >= 12
+
+
+# --- against real models
+
+REAL = {"hidden_size": 64, "num_attention_heads": 4, "vocab_size": 50, "bos_token_id": 1, "eos_token_id": 2}
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("name", ["gptj", "gpt2", "gpt_neox", "llama", "qwen3", "opt"])
+def test_a_block_keeps_no_more_activations_than_planned(name: str, dropout: float) -> None:
+    """What autograd saves, counted: the plan is an upper bound, and not five times too much."""
+
+    def saved_bytes(num_blocks: int) -> int:
+        config = AutoConfig.for_model(name, pad_token_id=0, num_hidden_layers=num_blocks, **REAL)
+        wide = {"intermediate_size": 256, "ffn_dim": 256, "rotary_dim": 8, "num_key_value_heads": 4, "head_dim": 16}
+        rates = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop", "attention_dropout", "dropout"), dropout)
+        for key, value in (wide | rates).items():
+            if hasattr(config, key) and not (key == "head_dim" and name != "qwen3"):
+                setattr(config, key, value)
+        model = AutoModelForCausalLM.from_config(config).train()
+        own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
+        kept: dict[int, torch.UntypedStorage] = {}
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                kept[storage.data_ptr()] = storage
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            logits = model(input_ids=torch.ones(2, 32, dtype=torch.long), use_cache=False).logits
+        assert logits.requires_grad
+        return sum(storage.nbytes() for storage in kept.values())
+
+    measured = (saved_bytes(3) - saved_bytes(1)) // 2
+    work = Work(hidden_size=64, num_heads=4, sequence_length=32, microbatch_sequences=2)
+    planned = activation_bytes(PartSize(0, num_blocks=1), work)
+    assert 0.2 * planned < measured <= planned
