@@ -141,7 +141,8 @@ class Swarm:
             peer.have, peer.serving = set(range(*peer.target)), peer.target
             self._visible[peer.peer_id] = peer.entry()
             self._stale = True
-            self._snapshot_s = -np.inf  # founders come one after the other and see each other
+            if len(self.peers) % (1 + len(self.peers) // 64) == 0:
+                self._snapshot_s = -np.inf  # founders come one after the other and see each other
         self._changed = True
         self._publish(peer)
         self._load(peer)

@@ -41,8 +41,8 @@ REST_S = 300.0
 """least time between two moves of a peer"""
 PEERS_PER_MOVER = 64
 """so many peers for each that may move at a time"""
-MIN_GAIN = 0.3
-"""of the peer's own speed"""
+MIN_GAIN = 1.0
+"""of the peer's own speed: below it much of what is won is noise, and every move is a download"""
 LOAD_GAIN = 0.5
 """what a load of `LOAD_S` must gain in addition, of the peer's own speed"""
 LOAD_S = 1800.0
