@@ -10,7 +10,8 @@
     scripts/bench.py placement  what a swarm gets out of its peers, by rule of placement (simulated)
 
 `--quick` is the same, small, to see that it works; `scripts/bench.py NAME --help` says what else can be set.
-All but `loss` and `placement` run in the WAN lab (scripts/wanlab/README.md): they need root on Linux, and end with code 2 elsewhere.
+All but `loss` and `placement` run in the WAN lab (scripts/wanlab/README.md): they need root on Linux, and end with
+code 2 elsewhere.
 """
 
 from __future__ import annotations

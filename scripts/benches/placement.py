@@ -87,8 +87,8 @@ def shown(trace: Trace) -> dict[str, Any]:
 
 def decision_ms(num_peers: int) -> dict[str, float]:
     """Milliseconds of processor time: to make a snapshot of so many peers, and to find a place for one of them."""
-    founders = Swarm(RULES["ours"], Trace(num_peers, FOREVER_S, hours=0.0, warm_hours=0.0), seed=0)
-    founders.run()
+    founders = Swarm(RULES["ours"], Trace(num_peers, FOREVER_S, hours=1.0), seed=0)
+    founders.found()
     entries = [peer.entry() for peer in founders.peers.values()]
     began = time.process_time()
     snapshot = Snapshot(entries, founders.fragments)
@@ -98,7 +98,7 @@ def decision_ms(num_peers: int) -> dict[str, float]:
     for entry in entries[1:1 + TIMED]:
         choose_stage(snapshot, entry)
         times.append(time.process_time())
-    each = [later - earlier for earlier, later in zip(times[1:], times[2:])]
+    each = [later - earlier for earlier, later in zip(times[1:], times[2:], strict=False)]
     return {
         "snapshot": round(1e3 * (made - began), 3), "first": round(1e3 * (times[1] - made), 3),
         "each": round(1e3 * statistics.median(each), 3),
@@ -128,4 +128,5 @@ def table(result: dict[str, Any]) -> str:
         f"{count} peers: a snapshot {ms['snapshot']:.1f} ms, then a peer's place {ms['each']:.1f} ms"
         for count, ms in result["decision_ms"].items()
     ]
-    return "\n".join([tables.markdown(header, rows), "", "efficiency: optimal flow over all compute; loads: of fragments", *costs])
+    legend = "efficiency: optimal flow over all compute; loads: of fragments"
+    return "\n".join([tables.markdown(header, rows), "", legend, *costs])

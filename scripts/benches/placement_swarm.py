@@ -94,8 +94,7 @@ class Swarm:
 
     def run(self) -> dict[str, float]:
         trace = self.trace
-        for _ in range(trace.num_peers):
-            self._born(complete=True)
+        self.found()
         end_s = (trace.warm_hours + trace.hours) * 3600
         sampled_s = -np.inf
         while self._events and self._events[0][0] <= end_s:
@@ -112,6 +111,11 @@ class Swarm:
             "moves_per_peer_day": self.moves / trace.hours * 24 / trace.num_peers,
         }
 
+    def found(self) -> None:
+        """The first peers: each has loaded its stage already."""
+        for _ in range(self.trace.num_peers):
+            self._born(complete=True)
+
     def _at(self, at_s: float, act: Callable[..., None], *arguments: Any) -> None:
         if np.isfinite(at_s):
             heapq.heappush(self._events, (at_s, next(self._numbers), act, arguments))
@@ -124,7 +128,8 @@ class Swarm:
         places = np.array([peer.serving for peer in peers], dtype=np.int64)
         speeds = np.array([peer.speed for peer in peers])
         served = stages_of(places[:, 0], places[:, 1], speeds, num_fragments=len(self.fragments))
-        self.series.append((self.now_s, flow(served, np.array(self.fragments.work)), speeds.sum() / len(self.fragments)))
+        work = np.array(self.fragments.work)
+        self.series.append((self.now_s, flow(served, work), float(speeds.sum() / work.sum())))
         self._changed = False
 
     # ---- lives ----

@@ -19,7 +19,7 @@ from swarm.pipeline.snapshot import NO_STAGE, Fragments, Holder, Snapshot, Stage
 def next_fragment(snapshot: Snapshot, me: Holder, have: Set[int]) -> int | None:
     """What to load next on the way to `me.target`; None when it has all of it.
 
-    First a fragment that nobody else serves; else one beside what it has there; of several, the one with the lowest rate.
+    First a fragment that nobody else serves; else one beside what it has there; of several, the one of lowest rate.
     """
     missing = [fragment for fragment in range(*me.target) if fragment not in have]
     if not missing:

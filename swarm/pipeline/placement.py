@@ -100,7 +100,7 @@ def decide(snapshot: Snapshot, me: Holder, memory: Memory, *, now_s: float, load
             claim = None
     else:
         if now_s - max(memory.moved_at_s, memory.looked_at_s) < round_s(len(snapshot)):
-            return Decision(Act.STAY, replace(memory, claim=None))
+            return Decision(Act.STAY, memory if memory.claim is None else replace(memory, claim=None))
         memory = replace(memory, looked_at_s=now_s, claim=None)
         if now_s - memory.moved_at_s < REST_S:
             return Decision(Act.STAY, memory)

@@ -78,8 +78,8 @@ class Snapshot:
         self.holders = sorted(holders, key=lambda holder: holder.peer_id)
         self.claims = {holder.peer_id: holder.claim for holder in self.holders if holder.claim is not None}
         key = [(holder.peer_id, holder.serving, holder.target, holder.speed) for holder in self.holders]
-        same = like is not None and like._places.key == key and like.fragments == fragments
-        self._places = like._places if like is not None and same else _Places(key, fragments)
+        known = like._places if like is not None and like.fragments == fragments else None
+        self._places: _Places = known if known is not None and known.key == key else _Places(key, fragments)
 
     def __len__(self) -> int:
         return len(self.holders)
@@ -93,7 +93,7 @@ class Snapshot:
         """(F,) fragments that nobody serves or is on its way to, `me` included."""
         places = self._places
         if places.least_count > 0:  # the usual answer, without looking at who is who
-            return np.zeros(len(self.fragments), dtype=np.bool_)
+            return places.no_gaps
         others = places.others(me)
         count = _count(places.serving[others], len(self.fragments)) + _count(places.target[others], len(self.fragments))
         gaps: Bools = count == 0
@@ -108,8 +108,8 @@ class Snapshot:
         first, end = places.serving[others].T
         own = np.zeros((1, len(self.fragments)))
         stages = stages_of(first, end, places.speed[others], num_fragments=len(self.fragments))
-        rates, _, _ = fair_rates(stages, places.work, own=own, own_speed=0.0, prices=places.work, sweeps=0)
-        return rates[0]
+        rates: Floats = fair_rates(stages, places.work, own=own, own_speed=0.0, prices=places.work, sweeps=0)[0][0]
+        return rates
 
 
 class _Places:
@@ -122,6 +122,7 @@ class _Places:
         self.target = np.array([row[2] for row in key], dtype=np.int64).reshape(-1, 2)
         self.speed = np.array([row[3] for row in key], dtype=np.float64)
         self.least_count = int((_count(self.serving, len(self.work)) + _count(self.target, len(self.work))).min())
+        self.no_gaps: Bools = np.zeros(len(self.work), dtype=np.bool_)
         self._row = {row[0]: index for index, row in enumerate(key)}
         self._prices: dict[bool, Floats] = {}
         self._known: dict[tuple[object, ...], Floats] = {}

@@ -10,8 +10,19 @@ import pytest
 
 from swarm.errors import ConfigError
 from swarm.pipeline.placement import (
-    CLAIM_S, HEAL_S, MAX_ROUND_S, PATIENCE_S, PEERS_PER_MOVER, REST_S, ROUND_S, Act, Decision, Memory, choose_stage,
-    decide, round_s,
+    CLAIM_S,
+    HEAL_S,
+    MAX_ROUND_S,
+    PATIENCE_S,
+    PEERS_PER_MOVER,
+    REST_S,
+    ROUND_S,
+    Act,
+    Decision,
+    Memory,
+    choose_stage,
+    decide,
+    round_s,
 )
 from swarm.pipeline.snapshot import NO_STAGE, Claim, Fragments, Holder, Snapshot, Stage, options_of
 
@@ -19,8 +30,8 @@ EIGHT = Fragments((1,) * 8, (1.0,) * 8)
 LATE_S = 10_000.0
 
 
-def holder(name: str, stage: Stage, *, speed: float = 1.0, room: int | None = None, claim: Claim | None = None) -> Holder:
-    return Holder(name, stage, stage, room or max(stage[1] - stage[0], 1), speed, claim)
+def holder(name: str, stage: Stage, *, speed: float = 1.0) -> Holder:
+    return Holder(name, stage, stage, stage[1] - stage[0], speed)
 
 
 def snapshot(*holders: Holder, fragments: Fragments = EIGHT) -> Snapshot:
@@ -304,6 +315,6 @@ def test_a_crowd_spreads_one_after_the_other_and_then_rests() -> None:
     moves = swarm.run(1500)
     seconds = [second for second, _, _ in moves]
     assert 2 <= len(moves) <= 3
-    assert all(later - earlier >= CLAIM_S for earlier, later in zip(seconds, seconds[1:]))
+    assert all(later - earlier >= CLAIM_S for earlier, later in zip(seconds, seconds[1:], strict=False))
     last = [one for one in swarm.holders.values() if one.target == (4, 8)]
     assert 3 <= len(last) <= 4

@@ -88,7 +88,7 @@ def test_one_more_peer_is_the_same_as_one_more_among_the_stages() -> None:
     own = masks_of(np.array([1]), np.array([5]), 6)
     beside = fair_rates(two, work, own=own, own_speed=4.0, prices=work, sweeps=20)
     among = fair_rates(three, work, own=none(6), own_speed=0.0, prices=work, sweeps=20)
-    for one, other in zip(beside, among):
+    for one, other in zip(beside, among, strict=True):
         np.testing.assert_allclose(one, other)
 
 
