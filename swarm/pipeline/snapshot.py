@@ -1,12 +1,13 @@
 """What a peer knows of the others when it thinks about its place, and what each place would be worth.
 
 A snapshot is made of what all peers say of themselves (their entries in the directory), so it is a little old and a
-little different at each peer; placement.py lives with that. Nothing in it is trusted with more than placement: whoever
-lies about its speed or its stage makes the swarm slower, not wrong.
+little different at each peer; placement.py lives with that. Nothing in it is trusted with more than placement: entries
+that make no sense are left out, speeds are capped, and whoever lies within that makes the swarm slower, not wrong.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -20,6 +21,8 @@ SWEEPS = 8
 """of `fair_rates` for each candidate, from the prices of the swarm as it is: the least rate is then within a tenth of
 the optimum, and which candidate is best seldom changes with more"""
 FIRST_SWEEPS = 30
+SPEED_CAP = 64.0
+"""times the median: a peer that claims more counts as that, lest one word of one peer empties its stage of others"""
 
 Stage = tuple[int, int]
 """(first fragment, one past the last)"""
@@ -75,7 +78,8 @@ class Snapshot:
     def __init__(self, holders: Iterable[Holder], fragments: Fragments, *, like: Snapshot | None = None) -> None:
         """`like`: an earlier one; what was worked out for it is used again where only claims have changed."""
         self.fragments = fragments
-        self.holders = sorted(holders, key=lambda holder: holder.peer_id)
+        sound = [holder for holder in holders if _is_sound(holder, len(fragments))]
+        self.holders = sorted(sound, key=lambda holder: holder.peer_id)
         self.claims = {holder.peer_id: holder.claim for holder in self.holders if holder.claim is not None}
         key = [(holder.peer_id, holder.serving, holder.target, holder.speed) for holder in self.holders]
         known = like._places if like is not None and like.fragments == fragments else None
@@ -122,6 +126,8 @@ class _Places:
         self.target = np.array([row[2] for row in key], dtype=np.int64).reshape(-1, 2)
         self.speed = np.array([row[3] for row in key], dtype=np.float64)
         self.least_count = int((_count(self.serving, len(self.work)) + _count(self.target, len(self.work))).min())
+        if key:
+            self.speed = np.minimum(self.speed, SPEED_CAP * np.median(self.speed))
         self.no_gaps: Bools = np.zeros(len(self.work), dtype=np.bool_)
         self._row = {row[0]: index for index, row in enumerate(key)}
         self._prices: dict[bool, Floats] = {}
@@ -178,6 +184,11 @@ def options_of(room_bytes: int, fragments: Fragments) -> Ints:
             do="give it more memory, or join a run whose model is cut into more fragments",
         )
     return np.array(found, dtype=np.int64)
+
+
+def _is_sound(holder: Holder, num_fragments: int) -> bool:
+    stages = [holder.serving, holder.target, *([holder.claim.stage] if holder.claim is not None else [])]
+    return 0 < holder.speed < math.inf and all(0 <= first <= end <= num_fragments for first, end in stages)
 
 
 def _count(stages: Ints, num_fragments: int) -> Ints:

@@ -1,11 +1,14 @@
-"""What is loaded next and what is served meanwhile: growing newcomers, moves without a break, gaps first."""
+"""What is loaded next and what is served meanwhile, and the snapshot that tells: newcomers grow, gaps go first."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
+import pytest
+
 from swarm.pipeline.loading import next_fragment, stage_to_serve, windows
-from swarm.pipeline.snapshot import NO_STAGE, Fragments, Holder, Snapshot, Stage
+from swarm.pipeline.snapshot import NO_STAGE, SPEED_CAP, Claim, Fragments, Holder, Snapshot, Stage
 
 EIGHT = Fragments((1,) * 8, (1.0,) * 8)
 
@@ -97,3 +100,38 @@ def test_a_snapshot_with_other_claims_only_keeps_what_was_worked_out() -> None:
     assert Snapshot(entries[::-1], EIGHT, like=first)._places is first._places
     moved = [entries[0], replace(entries[1], target=(3, 7))]
     assert Snapshot(moved, EIGHT, like=first)._places is not first._places
+
+
+@pytest.mark.parametrize("nonsense", [
+    holder("bad", (0, 99)), holder("bad", (-1, 3)), holder("bad", (3, 1)), holder("bad", (0, 4), (5, 2)),
+    holder("bad", (0, 4), speed=float("nan")), holder("bad", (0, 4), speed=float("inf")),
+    holder("bad", (0, 4), speed=0.0), replace(holder("bad", (0, 4)), claim=Claim((0, 12), 1.0)),
+])
+def test_entries_that_make_no_sense_are_left_out(nonsense: Holder) -> None:
+    me = holder("me", (4, 8))
+    known = Snapshot([nonsense, holder("a", (0, 4)), me], EIGHT)
+    assert [one.peer_id for one in known.holders] == ["a", "me"] and known.claims == {}
+    assert known.served_rates(me).tolist() == [1.0] * 4 + [0.0] * 4
+
+
+def test_a_boast_counts_as_so_many_times_the_median() -> None:
+    others = [holder(str(i), (0, 8)) for i in range(4)]
+    me = holder("me", (0, 8))
+    found = Snapshot([*others, holder("boast", (0, 8), speed=1e300)], EIGHT).served_rates(me)
+    np.testing.assert_allclose(found, (4 + SPEED_CAP) * 4.0 / 8)
+
+
+def test_gaps_are_what_neither_the_others_nor_i_hold_or_load() -> None:
+    me = holder("me", (4, 6), (5, 7))
+    assert np.flatnonzero(Snapshot([holder("a", (0, 4)), me], EIGHT).gaps(me)).tolist() == [7]
+    assert np.flatnonzero(Snapshot([holder("a", (0, 4))], EIGHT).gaps(me)).tolist() == [7]
+    assert np.flatnonzero(Snapshot([me], EIGHT).gaps(holder("b", (0, 2)))).tolist() == [2, 3, 7]
+
+
+def test_worth_of_an_option_is_that_of_the_swarm_with_me_there() -> None:
+    known = Snapshot([holder("a", (0, 4)), holder("b", (4, 8)), holder("me", (0, 4))], EIGHT)
+    options = np.array([(0, 4), (4, 8), (0, 0)], dtype=np.int64)
+    there, other, nowhere = known.worths(holder("me", (0, 4)), options).tolist()
+    assert there == pytest.approx(other) and there > nowhere > 0
+    without = Snapshot([holder("a", (0, 4)), holder("b", (4, 8))], EIGHT)
+    assert without.worths(holder("me", NO_STAGE), options).tolist() == pytest.approx([there, other, nowhere], rel=0.05)
