@@ -37,7 +37,7 @@ CASES = {
     "churn-48": Trace(48, 7200.0, hours=5.0),
     "steady-16": Trace(16, FOREVER_S, hours=12.0, noise=0.2),
     "steady-48": Trace(48, FOREVER_S, hours=4.0, noise=0.2),
-    "many": Trace(10_000, 7200.0, hours=0.25, warm_hours=0.25, refresh_s=10.0, sample_s=30.0),
+    "many": Trace(10_000, 7200.0, hours=0.2, warm_hours=0.1, refresh_s=10.0, sample_s=30.0),
 }
 ONLY_OURS = ("many",)
 """Petals' rule simulates everybody for each decision: hours at 10,000 peers"""

@@ -187,7 +187,7 @@ def test_a_better_claim_goes_first_and_an_equal_one_by_hash() -> None:
     assert mine is not None
     better = replace(CROWDED[1], claim=replace(mine, gain=mine.gain + 1))
     yields = asked(snapshot(ME, better, *CROWDED[2:], LEAN), ME, memory, LATE_S)
-    assert yields.act is Act.STAY and yields.claim is None and yields.memory.yielding_since_s == LATE_S
+    assert yields.act is Act.STAY and yields.claim is None and yields.memory.ahead == (("crowd-1", LATE_S),)
     worse = replace(CROWDED[1], claim=replace(mine, gain=mine.gain / 2))
     assert asked(snapshot(ME, worse, *CROWDED[2:], LEAN), ME, memory, LATE_S).act is Act.CLAIM
     acts = set()
@@ -205,6 +205,14 @@ def test_a_claim_that_is_never_carried_out_does_not_hold_up_the_swarm() -> None:
         decision = asked(known, ME, memory, now_s)
         memory, act, now_s = decision.memory, decision.act, now_s + 5
     assert act is Act.GO and now_s > LATE_S + PATIENCE_S
+
+
+def test_patience_with_one_is_not_impatience_with_another() -> None:
+    memory = Memory(wanted=(4, 8), ahead=(("crowd-1", LATE_S - PATIENCE_S),))
+    boasts = [replace(crowd, claim=Claim((4, 8), 1e9)) for crowd in CROWDED[1:3]]
+    assert asked(snapshot(ME, boasts[0], *CROWDED[2:], LEAN), ME, memory, LATE_S).act is Act.CLAIM
+    yields = asked(snapshot(ME, *boasts, *CROWDED[3:], LEAN), ME, memory, LATE_S)
+    assert yields.act is Act.STAY and yields.memory.ahead == (("crowd-1", LATE_S - PATIENCE_S), ("crowd-2", LATE_S))
 
 
 def test_a_claim_is_withdrawn_when_somebody_else_was_faster() -> None:
