@@ -34,7 +34,6 @@ _HELP: dict[str, dict[str, tuple[str, str]]] = {
         "initial_peers": (_MADDR, "join a run through these peers; all else comes from the swarm"),
         "run_id": ("ID", "which run, where several share one network"),
         "join_timeout_s": ("SECONDS", "give up joining after this long"),
-        "fragments": ("A:B", "which fragments of the model to hold: A:B, or auto (default)"),
         "until_tokens": ("N", "leave cleanly once the swarm has trained N tokens (20M is understood)"),
     },
     "this machine": {

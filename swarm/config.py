@@ -149,8 +149,6 @@ class PeerConfig:
     """multiaddresses to tell others, where they differ from `listen` (port forwarding)"""
     no_introductions: bool = False
     """do not tell peers behind routers each other's addresses"""
-    fragments: str = "auto"
-    """which fragments of the model to hold: auto, or A:B for those from A to before B"""
     until_tokens: int | None = None
     """leave cleanly once the swarm has trained this many tokens"""
     ui: str = "auto"

@@ -1,1 +1,1 @@
-"""Stages: microbatches travel from peer to peer, and their gradients come back. Read `chain.py` first."""
+"""Stages: which fragments a peer holds (`placement.py`), and how microbatches pass through them (`chain.py`)."""
