@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from swarm.averaging import codec, outer, plan
+from swarm.averaging import outer, plan
 from swarm.averaging.global_state import GlobalState
 from swarm.averaging.layout import Layout
 from swarm.averaging.ledger import Drift, Ledger
@@ -27,6 +27,7 @@ from swarm.data.stream import PackedStream, held_out_batches, tokenise
 from swarm.data.tokenizer import load_tokenizer
 from swarm.host.presets import preset_path
 from swarm.model.evaluate import held_out_loss
+from swarm.network import codec
 from swarm.train.inner import InnerOptimizer
 from swarm.train.run_source import Held, hold, load_states
 

@@ -120,7 +120,7 @@ def whole_rounds(peers: list[Peer], num_peers: int) -> list[tuple[float, float]]
 
 def encoded_bytes(run: RunConfig) -> int:
     """Of all fragments, as a round has them on the wire."""
-    from swarm.averaging import codec
+    from swarm.network import codec
     from swarm.train.run_source import hold
 
     return sum(

@@ -16,17 +16,20 @@ from typing import Any
 
 import torch
 
-from swarm.averaging import codec, outer
+from swarm.averaging import outer
 from swarm.averaging.context import Context
 from swarm.averaging.global_state import GlobalState, outranks
-from swarm.averaging.layout import BLOCK, Layout
+from swarm.averaging.layout import Layout
 from swarm.averaging.ledger import Ledger
 from swarm.averaging.messages import Commit, Opening, Part, preferred
 from swarm.averaging.results import COMMITS_AT_ONCE, History
 from swarm.errors import BadMessage, NetworkError, PeerRefused
 from swarm.events import Round
-from swarm.network import frames, records
+from swarm.network import codec, frames, records
+from swarm.network.codec import BLOCK
 
+PUSHED_S, SLOW_BYTES_PER_S = 3.0, 128e3
+"""results that owners have pushed are waited for so long before they are fetched, and for their bytes on 1 Mbit/s"""
 FETCH_S = 30.0
 LOOK_S = 0.5
 """while waiting for a result that its owner is sending: whether the owner is still there"""
@@ -111,8 +114,11 @@ class Applier:
         opening = commit.opening
         holders = [opening.opener, *opening.members, *([source] if source else [])]
         if self.expects(opening.id):
+            # they were sent to all when they were sent to the opener: what is missing for longer was lost on its way
+            size = sum(self.part_bytes(part) for part in opening.parts)
+            limit_s = min(opening.push_s, PUSHED_S + size / SLOW_BYTES_PER_S)
             await asyncio.gather(*(
-                self._await_pushed(result.hash, opening.owner(part), opening.push_s)
+                self._await_pushed(result.hash, opening.owner(part), limit_s)
                 for part, result in zip(opening.parts, commit.results, strict=True)
             ))
 

@@ -13,8 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from swarm.model.fragments import FragmentSpec
-
-BLOCK = 256
+from swarm.network.codec import BLOCK
 
 
 @dataclass(frozen=True)

@@ -14,14 +14,15 @@ from typing import Any
 
 import torch
 
-from swarm.averaging import codec, plan
+from swarm.averaging import plan
 from swarm.averaging.apply import Applier
 from swarm.averaging.context import Context
-from swarm.averaging.layout import BLOCK, Layout
+from swarm.averaging.layout import Layout
 from swarm.averaging.messages import Commit, Contributor, Opening, PartResult
 from swarm.averaging.part import Contributors, PartOwner, contributors_of
 from swarm.errors import BadMessage, NetworkError, PeerGone
-from swarm.network import records
+from swarm.network import codec, records
+from swarm.network.codec import BLOCK
 
 RETRY_S = 0.5
 """before a contribution is sent again whose way was cut off"""

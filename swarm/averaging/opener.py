@@ -13,7 +13,7 @@ import logging
 import secrets
 from collections import deque
 
-from swarm.averaging import codec, plan
+from swarm.averaging import plan
 from swarm.averaging.apply import Applier
 from swarm.averaging.context import Context
 from swarm.averaging.layout import Layout
@@ -30,7 +30,7 @@ from swarm.averaging.messages import (
 )
 from swarm.averaging.part import Contributors, contributors_of
 from swarm.errors import BadMessage, NetworkError, PeerRefused
-from swarm.network import records
+from swarm.network import codec, records
 from swarm.network.keys import verify
 
 ATTEMPTS = 3
@@ -60,6 +60,7 @@ class Opener:
         """invited to the round that is being opened, and did not answer"""
         self.elsewhere: list[str] = []
         """invited peers that turned out to be at another version: the opener must first see what they have"""
+        self._at_least = 0
         self._push_s: deque[float] = deque(maxlen=16)
         self._answer_s: deque[float] = deque(maxlen=16)
         """until all members had answered an opening, in recent rounds"""
@@ -68,9 +69,10 @@ class Opener:
         """of the opening that is being attempted: part -> what its owner has made"""
         self._result_came = asyncio.Event()
 
-    async def open(self, members: list[str], owners: list[str]) -> Commit | None:
+    async def open(self, members: list[str], owners: list[str], *, at_least: int = 0) -> Commit | None:
         """Open the round to the next version with these other members. Returns the commit, or None where it came to
-        nothing; the drift of everyone is then as it was."""
+        nothing; the drift of everyone is then as it was. `at_least`: tokens, with fewer it is too early."""
+        self._at_least = at_least
         self._silent.clear()
         self.elsewhere.clear()
         for _ in range(ATTEMPTS):
@@ -131,6 +133,8 @@ class Opener:
         if len(silent) >= len(set(opening.members) - silent):
             return None, set()  # half of the living do not answer: they may be making history among themselves
         contributors = contributors_of(answers)
+        if sum(tokens for _, tokens in contributors) < self._at_least:
+            return None, set()  # what others had to give was already given when they said so
         if not contributors or self.elsewhere or owners & failed:
             return None, failed  # an owner is gone: its part would be missing, so give it to another
         results = await self._results_of(opening, contributors) if not failed else None

@@ -15,14 +15,13 @@ from typing import Any
 
 import torch
 
-from swarm.averaging import codec
 from swarm.averaging.apply import Applier
 from swarm.averaging.context import Context
-from swarm.averaging.layout import BLOCK
 from swarm.averaging.messages import Commit, Contributor, Opening, Part, PartResult, result_message
 from swarm.averaging.reduction import reduce_part
 from swarm.errors import BadMessage, NetworkError, PeerRefused
-from swarm.network import records
+from swarm.network import codec, records
+from swarm.network.codec import BLOCK
 
 OPENING_KNOWN_S = 5.0
 KEPT_OPENINGS = 8

@@ -12,7 +12,8 @@ from collections.abc import Mapping
 
 import torch
 
-from swarm.averaging import codec, plan
+from swarm.averaging import plan
+from swarm.network import codec
 
 NORM_LIMIT = 4.0
 """times the median norm per square root of tokens; honest peers differ by less, a sign flip times 1000 does not"""

@@ -117,7 +117,8 @@ class Turns:
         if busy or not fragment.ready or self._context.directory.unsure():
             return
         holders, others = self.holders(fragment, everybody)
-        if not self._is_due(fragment, holders, now):
+        at_least = self._is_due(fragment, holders, now)
+        if at_least is None:
             fragment.due_since = None
             return
         if fragment.due_since is None:
@@ -130,24 +131,30 @@ class Turns:
         if now - fragment.due_since >= order.index(self._me) * patience_s and now >= fragment.retry_at:
             fragment.opening = True
             owners = [p for p in leaders if p == self._me or self._context.directory.maddrs(p)]
-            self._context.spawn(self._open(fragment, [*holders, *others], owners))
+            self._context.spawn(self._open(fragment, [*holders, *others], owners, at_least))
 
-    def _is_due(self, fragment: HeldFragment, holders: list[str], now: float) -> bool:
+    def _is_due(self, fragment: HeldFragment, holders: list[str], now: float) -> int | None:
+        """None: it is not. Else the tokens without which the round is not worth it: a step of a `sync` run is all of
+        it, or there is none yet."""
         averaging = self._context.run.averaging
         mine = fragment.ledger.pending_tokens
         others = fragment.progress.pending(holders, now=now)
         total = mine + sum(others.values())
         if total <= 0:
-            return False
+            return None
         if self._sync_mode and self._all_are_whole() and mine > 0 and all(tokens > 0 for tokens in others.values()):
-            return True
+            return 0
         target = plan.target_tokens(
             averaging.tokens_per_round, self._context.run.fragments, fragment=fragment.index,
             version=fragment.ledger.state.version, staggered=not self._sync_mode,
         )
         overdue = now - fragment.opened_at >= averaging.max_round_s
         i_leave = (self._is_leaving() or fragment.leaving) and mine > 0
-        return total >= target or overdue or i_leave or fragment.progress.leaving(holders)
+        if overdue or i_leave or fragment.progress.leaving(holders):
+            return 0
+        if total < target:
+            return None
+        return target if self._sync_mode and not self._all_are_whole() else 0
 
     def _all_are_whole(self) -> bool:
         """Does everybody hold all fragments? Only then does a peer's first word of a `sync` step say all of it."""
@@ -155,19 +162,22 @@ class Turns:
             None in status.heads for status in self._context.directory.alive().values()
         )
 
-    async def _open(self, fragment: HeldFragment, members: list[str], owners: list[str]) -> None:
+    async def _open(
+        self, fragment: HeldFragment, members: list[str], owners: list[str], at_least: int
+    ) -> None:
         began = asyncio.get_running_loop().time()
         commit = None
         try:
             invited = members[:MAX_MEMBERS - 1]
-            commit = await fragment.rounds.opener.open(invited, [p for p in owners if p == self._me or p in invited])
+            invited_owners = [p for p in owners if p == self._me or p in invited]
+            commit = await fragment.rounds.opener.open(invited, invited_owners, at_least=at_least)
         except (NetworkError, StateError) as error:
             log.warning("round of fragment %d: %s", fragment.index, error)
         finally:
             fragment.opening = False
             now = asyncio.get_running_loop().time()
             if commit is None:
-                fragment.retry_at = now + RETRY_S
+                fragment.retry_at = now + (TICK_S if self._sync_mode else RETRY_S)
             else:
                 fragment.recent_s = [*fragment.recent_s[-15:], now - began]
         elsewhere, fragment.rounds.opener.elsewhere = fragment.rounds.opener.elsewhere, []

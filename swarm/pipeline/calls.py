@@ -48,12 +48,17 @@ def serve(chain: Chain, endpoint: Endpoint) -> None:
         chain.on_working(link.peer_id, records.parse(Working, header))
         return {}, b""
 
+    async def on_withdrawn(link: Link, header: dict[str, Any], body: bytes) -> Answer:
+        await chain.on_withdrawn(link.peer_id, records.parse(Working, header))
+        return {}, b""
+
     async def on_verdicts(link: Link, header: dict[str, Any], body: bytes) -> Answer:
         verdicts = records.parse(Verdicts, header).verdicts
         return {"missing": await chain.judge(link.peer_id, verdicts)}, b""
 
     endpoint.on("microbatch", on_microbatch, max_body=MAX_BODY_BYTES)
     endpoint.on("working", on_working)
+    endpoint.on("withdrawn", on_withdrawn)
     endpoint.on("verdicts", on_verdicts)
 
 

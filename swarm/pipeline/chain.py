@@ -8,15 +8,16 @@
     verdict: done ------------> add up      (each peer of the path is told)
 
 The call is nested: what comes back to whoever sent values is their gradient, so activations cross each link once each
-way and pass through no hub: 2(S-1) of them for S stages, where the origin as hub takes 5(S-1) (SWARM, arXiv 2301.11913,
-and Petals, arXiv 2209.01188). Once a second each peer tells whoever asked that it is at it, and who does the rest.
+way and pass through no hub: 2(S-1) of them for S stages, where the origin as hub takes 5(S-1) (SWARM, arXiv
+2301.11913, and Petals, arXiv 2209.01188). Now and then each peer tells whoever asked that it is at it, and who does the
+rest.
 
 Exactly once. A microbatch is named by its origin, a number, and the fragment at which a peer enters it. Asking a second
 time is joining the first: work under way is waited for, a finished answer is kept. A peer whose next one dies or falls
 silent asks another, from the values that it still has, and says who does the rest further down; the new one hands over
-there, and they answer without doing it again. So whatever dies, its neighbour above repairs it, forward or backward, and
-nothing else is computed twice. Gradients are added up only on the origin's verdict, which names one peer a fragment: a
-slow peer that was given up and finishes all the same is told to forget, or is never told.
+there, and they answer without doing it again. So whatever dies, its neighbour above repairs it, forward or backward,
+and nothing else is computed twice. Gradients are added up only on the origin's verdict, which names one peer a
+fragment: a slow peer that was given up and finishes all the same is told that it is not needed, or nothing at all.
 
 The origin itself is the first link: its own microbatches enter here at fragment 0. If it dies, nobody speaks for its
 microbatches, and after `FORGET_S` they are gone everywhere.
@@ -28,7 +29,7 @@ import asyncio
 import contextlib
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -95,6 +96,8 @@ class _Entry:
     """the fragments [start, end) are done here; 0: not decided"""
     rest: list[Hop] = field(default_factory=list)
     """who does what comes after, as far as known"""
+    askers: set[str] = field(default_factory=set)
+    """who wants the answer; nobody any more: it is forgotten"""
     task: asyncio.Task[Answer] | None = None
 
     def is_answered(self) -> bool:
@@ -111,7 +114,8 @@ class _Asked:
 
 
 class Chain:
-    """One peer's link of it. Lives on the network's event loop; `work` takes what is computed to the training thread."""
+    """One peer's link of it. Lives on the network's event loop; `work` takes what is computed to the training
+    thread."""
 
     def __init__(
         self, me: str, calls: Calls, work: Work, compute: StageCompute, router: Router, *, shape: Shape,
@@ -126,6 +130,7 @@ class Chain:
         self._entries: dict[tuple[str, int, int], _Entry] = {}
         self._asked: dict[tuple[str, tuple[str, int, int]], _Asked] = {}
         self._done: OrderedDict[tuple[str, int], None] = OrderedDict()
+        self._tasks: set[asyncio.Task[None]] = set()
         self._service_s = 0.0
         self.on_committed: Callable[[int, int], None] = lambda start, end: None
         """gradients of fragments [start, end) were added up; on the training thread"""
@@ -143,6 +148,7 @@ class Chain:
         entry = self._entries.get(microbatch.key)
         if entry is None:
             entry = self._begin(microbatch, lambda: self._read(microbatch, body))
+        entry.askers.add(asker)
         assert entry.task is not None
         pulse = asyncio.ensure_future(self._tell_working(asker, entry))
         try:
@@ -160,6 +166,14 @@ class Chain:
         if asked is not None:
             asked.heard_at = asyncio.get_running_loop().time()
             asked.rest = below(working.path, working.path[0].end) if working.path else []
+
+    async def on_withdrawn(self, sender: str, working: Working) -> None:
+        """Whoever asked has the answer from somebody else."""
+        entry = self._entries.get((working.origin, working.number, working.start))
+        if entry is not None and sender in entry.askers:
+            entry.askers.discard(sender)
+            if not entry.askers and entry.microbatch.origin != self._me:
+                await self._forget([entry.microbatch.key])
 
     async def judge(self, origin: str, verdicts: Sequence[Verdict]) -> list[int]:
         """Add up the gradients of microbatches that are done, forget the others; returns the numbers of those that
@@ -224,12 +238,18 @@ class Chain:
         if task.cancelled() or task.exception() is not None or not entry.microbatch.train:  # can be asked again
             if self._entries.get(entry.microbatch.key) is entry:
                 del self._entries[entry.microbatch.key]
-            self._compute_later(entry)
+            key = entry.microbatch.key
+            self._spawn(self._work(lambda: self._compute.forget(key), urgency=VERDICT))
 
-    def _compute_later(self, entry: _Entry) -> None:
-        key = entry.microbatch.key
-        with contextlib.suppress(RuntimeError):  # the peer is ending
-            asyncio.ensure_future(_quietly(self._work(lambda: self._compute.forget(key), urgency=VERDICT)))
+    def _spawn(self, awaitable: Awaitable[Any]) -> None:
+        """Something that nobody waits for, and whose failing changes nothing."""
+        async def quietly() -> None:
+            with contextlib.suppress(NetworkError, asyncio.CancelledError):
+                await awaitable
+
+        task = asyncio.ensure_future(quietly())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     async def _do(self, entry: _Entry, read: Read) -> Answer:
         """Forward, the rest of the chain, backward."""
@@ -302,6 +322,7 @@ class Chain:
         clock = asyncio.get_running_loop().time
         known = below([hop for hop in entry.microbatch.known if hop.start >= entry.end], entry.end)
         failed: set[str] = set()
+        given_up: set[str] = set()
         since = clock()
         while True:
             holders = [holder for holder in self._holders() if holder.peer_id != self._me]
@@ -316,12 +337,18 @@ class Chain:
                 await asyncio.sleep(AGAIN_S)
                 continue
             try:
-                return await self._ask(here, entry, body, known)
+                answer = await self._ask(here, entry, body, known)
+                for peer_id in given_up:
+                    own = entry.microbatch
+                    word = Working(origin=own.origin, number=own.number, start=entry.end).model_dump()
+                    self._spawn(self._calls.notify(peer_id, "withdrawn", word, deadline_s=WORKING_S))
+                return answer
             except NetworkError as error:
                 since = clock() if failed else since
                 failed.add(here.peer_id)
                 log.info("fragment %d of a microbatch: %s: %s", entry.end, here.peer_id[-6:], error)
                 if not isinstance(error, PeerRefused):
+                    given_up.add(here.peer_id)
                     self.reroutes += 1
                 known = [hop for hop in entry.rest if hop.peer_id not in failed]
 
@@ -408,12 +435,8 @@ class Chain:
                 await self._work(lambda key=key: self._compute.forget(key), urgency=VERDICT)  # type: ignore[misc]
 
     async def stop(self) -> None:
-        tasks = [entry.task for entry in self._entries.values() if entry.task is not None]
+        tasks: list[asyncio.Task[Any]] = [e.task for e in self._entries.values() if e.task is not None]
+        tasks += self._tasks
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-
-
-async def _quietly(awaitable: Any) -> None:
-    with contextlib.suppress(BaseException):
-        await awaitable

@@ -43,7 +43,7 @@ class Credit:
         self._seen.append(crowded)
         if len(self._seen) < self.now:
             return
-        standing = sorted(self._seen)[len(self._seen) // 4]  # bursts wait for each other; a queue that stays does not end
+        standing = sorted(self._seen)[len(self._seen) // 4]  # bursts wait for each other, a lasting queue holds up all
         self._seen.clear()
         if standing >= IDLE:
             self._opening = False

@@ -1,8 +1,8 @@
 """Which peer next, and where to hand over: a peer's own estimates of the others, from what it has asked them itself.
 
-The next peer is the one where the microbatch is expected to be through first (join the shortest expected queue), so work
-is shared in proportion to speed without anybody measuring anything beforehand. Random and sticky paths end at the same
-loss (measured), so only speed counts. Nothing a peer says of its speed is believed beyond its own next microbatches:
+The next peer is the one where the microbatch is expected to be through first (join the shortest expected queue), so
+work is shared in proportion to speed without anybody measuring anything beforehand. Random and sticky paths end at the
+same loss (measured), so only speed counts. Nothing a peer says of its speed is believed beyond its next microbatches:
 times are taken on the sender's clock, and what is said about queues only adds to them.
 """
 
@@ -15,7 +15,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 RECENT, RECENT_S = 0.2, 2.0
-"""weight of the newest sample in a running mean: at least this, more where the last one is older than so many seconds"""
+"""weight of the newest sample in a running mean: at least this, more where the one before is older than so many seconds
+"""
 FIRST_SERVICE_S = 0.1
 """of a fragment, before anything was measured"""
 TRY_AGAIN_S = 5.0

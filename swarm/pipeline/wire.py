@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import torch
 
-from swarm.averaging import codec
-from swarm.averaging.layout import BLOCK
 from swarm.errors import BadMessage
+from swarm.network import codec
+from swarm.network.codec import BLOCK
 
 WIDE_VOCABULARY = 2**16
 

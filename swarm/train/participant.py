@@ -213,12 +213,16 @@ class Participant:
         serving = self.network.run(serve(
             self.run, held, inner, averager, self.network, self._boundary,
             stream=None if is_whole else self._stream,
-            on_done=lambda loss, tokens: self.trainer.done(loss, tokens) if isinstance(self.trainer, StageTrainer) else None,
+            on_done=self._on_own_microbatch,
         ))
         if not is_whole:
             return StageTrainer(self.run, serving, averager, self.network, stream=self._stream)
         assert self._stream is not None
         return Trainer(self.run, inner, self._stream, averager, self.network, self._boundary, serving)
+
+    def _on_own_microbatch(self, loss: float, tokens: int) -> None:
+        if isinstance(self.trainer, StageTrainer):
+            self.trainer.done(loss, tokens)
 
     async def _start_averager(self) -> None:
         assert self.averager is not None
@@ -369,9 +373,9 @@ class Participant:
 
 
 def _needs_us(status: Status, heads: list[Head | None]) -> bool:
-    """Of the fragments that both hold: somebody lacks a round that we are part of, or leaves as well and has not finished
-    (trains what is under way, has something pending), or has finished a round that we lack: stay a moment longer. Peers
-    that leave together, as at the end of a run, end with the same weights."""
+    """Of the fragments that both hold: somebody lacks a round that we are part of, or leaves as well and has not
+    finished (trains what is under way, has something pending), or has finished a round that we lack: stay a moment
+    longer. Peers that leave together, as at the end of a run, end with the same weights."""
     both = [
         (theirs.tokens, ours.tokens, pending)
         for theirs, ours, pending in zip(status.heads, heads, status.pending, strict=False)

@@ -15,6 +15,8 @@ import time
 from collections import deque
 from collections.abc import Callable
 
+import torch
+
 from swarm.averaging.averager import Averager
 from swarm.config import RunConfig
 from swarm.data.stream import PackedStream
@@ -146,9 +148,8 @@ class StageTrainer:
         while not self._leave.is_set():
             batch = stream.next_batch(self._run.train.batch_sequences)
             version = min(state.version for state in self._averager.states())
-            self.done(
-                await origin.step(list(batch.split(microbatch_sequences(self._run))), version=version), batch.numel()
-            )
+            pieces = list(torch.split(batch, microbatch_sequences(self._run)))
+            self.done(await origin.step(pieces, version=version), batch.numel())
             deadline = time.monotonic() + self._run.averaging.max_round_s
             while any(self._averager.pending()) and time.monotonic() < deadline and not self._leave.is_set():
                 await asyncio.sleep(WAIT_S)

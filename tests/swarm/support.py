@@ -17,8 +17,9 @@ from swarm.train.participant import Participant
 TEXT = "The quick brown fox jumps over the lazy dog, and the dog does not mind at all. "
 
 GPTJ: dict[str, object] = {
-    "model_type": "gptj", "n_layer": 2, "n_embd": 48, "n_head": 2, "rotary_dim": 8, "n_positions": 64, "vocab_size": 257,
-    "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": 256, "eos_token_id": 256,
+    "model_type": "gptj", "n_layer": 2, "n_embd": 48, "n_head": 2, "rotary_dim": 8, "n_positions": 64,
+    "vocab_size": 257, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": 256,
+    "eos_token_id": 256,
 }
 
 

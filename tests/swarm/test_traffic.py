@@ -14,8 +14,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from swarm.averaging import codec
 from swarm.events import Round
+from swarm.network import codec
 from tests.swarm.support import InProcessPeer, peers_in_process, wait_until, write_run
 
 PEERS = 4

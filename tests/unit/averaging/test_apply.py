@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 
-from swarm.averaging import codec
 from swarm.averaging.apply import Applier
 from swarm.averaging.context import Context
 from swarm.averaging.download import Donor
@@ -25,6 +24,7 @@ from swarm.averaging.synchronise import Synchroniser
 from swarm.config import RunConfig
 from swarm.errors import BadMessage, NetworkError, PeerGone, PeerRefused, StateError
 from swarm.events import Event, Round
+from swarm.network import codec
 from swarm.network.keys import Keypair
 from swarm.network.records import Head, Status
 from swarm.train.boundary import Boundary

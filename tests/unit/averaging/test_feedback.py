@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from swarm.averaging import codec
-from swarm.averaging.layout import BLOCK
 from swarm.averaging.reduction import combine, reduce_part
+from swarm.network import codec
+from swarm.network.codec import BLOCK
 
 NUM_BLOCKS, NUM_FINE = 3, 1
 

@@ -6,8 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from swarm.averaging.layout import BLOCK, Layout, layout_of
+from swarm.averaging.layout import Layout, layout_of
 from swarm.model.fragments import FragmentSpec, TensorSpec
+from swarm.network.codec import BLOCK
 
 fixed = settings(max_examples=60, derandomize=True, deadline=None)
 

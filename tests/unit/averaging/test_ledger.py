@@ -15,11 +15,11 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from swarm.averaging import codec
 from swarm.averaging.global_state import GlobalState, initial_state
 from swarm.averaging.layout import Layout, layout_of
 from swarm.averaging.ledger import KEPT_ABSORBED, Contribution, Drift, Gradients, Ledger
 from swarm.model.fragments import FragmentSpec, TensorSpec
+from swarm.network import codec
 
 LAYOUT = layout_of(FragmentSpec(0, (0, 1), (
     TensorSpec("bias", (10,), fine=True), TensorSpec("matrix", (20, 15), fine=False),

@@ -8,13 +8,15 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from swarm.averaging import codec, outer, plan
+from swarm.averaging import outer, plan
 from swarm.averaging.global_state import GlobalState, initial_state
-from swarm.averaging.layout import BLOCK, Layout
+from swarm.averaging.layout import Layout
 from swarm.averaging.ledger import Drift, Ledger
 from swarm.averaging.outer import OuterStep
 from swarm.averaging.reduction import reduce_part
 from swarm.config import RunConfig
+from swarm.network import codec
+from swarm.network.codec import BLOCK
 
 
 class Peer:

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from swarm.averaging import codec, member, plan
+from swarm.averaging import member, plan
 from swarm.averaging.apply import Applier
 from swarm.averaging.context import Context
 from swarm.averaging.global_state import initial_state
-from swarm.averaging.layout import BLOCK, Layout
+from swarm.averaging.layout import Layout
 from swarm.averaging.ledger import Drift, Ledger
 from swarm.averaging.member import Member
 from swarm.averaging.messages import (
@@ -27,6 +27,8 @@ from swarm.averaging.messages import (
 from swarm.averaging.part import Contributors
 from swarm.config import RunConfig
 from swarm.errors import BadMessage, NetworkError, PeerGone, PeerRefused
+from swarm.network import codec
+from swarm.network.codec import BLOCK
 from swarm.network.keys import Keypair
 from swarm.train.boundary import Boundary
 

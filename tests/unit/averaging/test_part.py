@@ -11,16 +11,18 @@ from typing import Any
 import pytest
 import torch
 
-from swarm.averaging import codec, part
+from swarm.averaging import part
 from swarm.averaging.apply import Applier
 from swarm.averaging.context import Context
 from swarm.averaging.global_state import initial_state
-from swarm.averaging.layout import BLOCK, Layout
+from swarm.averaging.layout import Layout
 from swarm.averaging.ledger import Drift, Ledger
 from swarm.averaging.messages import Contributor, Opening, Part, PartResult, make_commit, result_message
 from swarm.averaging.part import Contributors, PartOwner, contributors_of
 from swarm.config import RunConfig
 from swarm.errors import BadMessage, NetworkError, PeerRefused
+from swarm.network import codec
+from swarm.network.codec import BLOCK
 from swarm.network.keys import Keypair, verify
 from swarm.train.boundary import Boundary
 

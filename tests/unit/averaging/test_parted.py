@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from swarm.averaging import codec
 from swarm.averaging.global_state import GlobalState, initial_state, outranks
 from swarm.averaging.layout import layout_of
 from swarm.averaging.ledger import KEPT_ABSORBED, Drift, Ledger
 from swarm.model.fragments import FragmentSpec, TensorSpec
+from swarm.network import codec
 
 LAYOUT = layout_of(FragmentSpec(0, (0, 1), (TensorSpec("w", (20, 30), False), TensorSpec("b", (30,), True))))
 BITS = 4

@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from swarm.averaging import codec
-from swarm.averaging.layout import BLOCK
 from swarm.averaging.reduction import NORM_LIMIT, combine, reduce_part
+from swarm.network import codec
+from swarm.network.codec import BLOCK
 
 N = 2 * BLOCK
 

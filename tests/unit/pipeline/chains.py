@@ -190,6 +190,9 @@ class Peer:
         if method == "working":
             self.chain.on_working(asker, records.parse(Working, header))
             return {}, b""
+        if method == "withdrawn":
+            await self.chain.on_withdrawn(asker, records.parse(Working, header))
+            return {}, b""
         assert method == "verdicts"
         if self.dead:
             return {"missing": self.told_when_dead(asker, records.parse(Verdicts, header))}, b""

@@ -49,7 +49,9 @@ def test_a_path_with_gaps_or_overlaps_or_of_somebody_else_is_none(path: list[tup
         Gradient(loss=1.0, path=hops(*path)).check(parse(Microbatch, GOOD), B, 4)
 
 
-@pytest.mark.parametrize("change", [{"loss": float("nan")}, {"loss": -1.0}, {"path": []}, {"queue": -1}, {"inside_s": 1e9}])
+@pytest.mark.parametrize(
+    "change", [{"loss": float("nan")}, {"loss": -1.0}, {"path": []}, {"queue": -1}, {"inside_s": 1e9}]
+)
 def test_a_malformed_answer_is_refused(change: dict[str, Any]) -> None:
     good = Gradient(loss=1.0, path=hops((B, 1, 4))).model_dump()
     with pytest.raises(BadMessage, match="malformed Gradient"):

@@ -44,7 +44,8 @@ def shares(speeds: dict[Holder, float], *, microbatches: int, in_flight: int) ->
             inside_s = clock.now - asked_at
             waiting = sum(other is holder for _, other, _ in under_way)
             made.answered(
-                holder.peer_id, fragments=1, total_s=inside_s, inside_s=inside_s, service_s=speeds[holder], queue=waiting
+                holder.peer_id, fragments=1, total_s=inside_s, inside_s=inside_s, service_s=speeds[holder],
+                queue=waiting,
             )
         chosen = made.choose(list(speeds), 1)
         assert chosen is not None

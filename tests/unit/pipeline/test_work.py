@@ -10,8 +10,6 @@ import pytest
 from swarm.pipeline.work import BACKWARD, FORWARD, OWN, VERDICT, WorkQueue
 
 
-
-
 def test_the_most_urgent_first_and_equals_in_their_order() -> None:
     done: list[str] = []
 

@@ -12,9 +12,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from swarm.averaging import codec
-from swarm.averaging.layout import BLOCK
 from swarm.errors import BadMessage, PeerRefused
+from swarm.network import codec
+from swarm.network.codec import BLOCK
 
 fixed = settings(max_examples=80, derandomize=True, deadline=None)
 bits_of_runs = pytest.mark.parametrize("bits", [4, 8, 32])

@@ -1,4 +1,4 @@
-"""How values travel in a round: int4 or int8 in blocks of 256 with an fp16 scale each, or fp32 as they are.
+"""How values travel, in a round or down the chain: int4 or int8 in blocks of 256 with an fp16 scale each, or fp32.
 
     encoded part = unit (fp32) | scale of each block (fp16, times unit) | int8 of fine blocks | int4 pairs of the rest
 
@@ -18,11 +18,12 @@ from collections.abc import Iterator
 
 import torch
 
-from swarm.averaging.layout import BLOCK
 from swarm.errors import BadMessage, PeerRefused
 
 assert sys.byteorder == "little", "the wire format is little-endian; a big-endian machine would need swaps here"
 
+BLOCK = 256
+"""values that share a scale"""
 _UNIT_BYTES = 4
 _SCALE_BYTES = 2
 STRIDE_BLOCKS = 2048
