@@ -57,6 +57,9 @@ class Work:
     optimizer_bits: int = 32
     """of AdamW's two moments: 32, or 8 with bitsandbytes"""
     on_gpu: bool = False
+    chained: bool = False
+    """a part of the model: microbatches' gradients wait for a verdict each, and graphs keep the weights that they were
+    built on while newer ones are trained"""
 
 
 @dataclass(frozen=True)
@@ -117,6 +120,9 @@ def plan_stage(size: PartSize, work: Work, *, main_limit_bytes: int, gpu_limit_b
             "tokens", activation_bytes(size, work), gpu),
         Row("global weights and momentum", 2 * n * FP32, False),
     ]  # fmt: skip
+    if work.chained:
+        rows.append(Row("gradients that wait for a verdict", work.microbatches_in_flight * n * FP32, gpu))
+        rows.append(Row("weights of graphs under way", n * FP32, gpu))
     if work.bits < 32:
         rows.append(Row("error feedback", n * FP32, False))
     return StagePlan(tuple(rows), main_limit_bytes, gpu_limit_bytes)

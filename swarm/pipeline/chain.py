@@ -55,8 +55,6 @@ NOBODY_S = 60.0
 """this long a peer waits for somebody to hold the next fragment"""
 AGAIN_S = 0.2
 FORGET_S = 120.0
-MAX_IN_FLIGHT = 64
-"""microbatches of others at one peer: a bound on memory, not a setting (the origin's credit keeps them fewer)"""
 KEPT_DONE = 4096
 BUSY = "too many microbatches here"
 
@@ -120,13 +118,15 @@ class Chain:
     def __init__(
         self, me: str, calls: Calls, work: Work, compute: StageCompute, router: Router, *, shape: Shape,
         first: int, end: int, holders: Callable[[], Sequence[Holder]], bits: int = 8, back_bits: int = 8,
-        is_ready: Callable[[int, int, int], bool] = lambda start, end, version: True,
+        is_ready: Callable[[int, int, int], bool] = lambda start, end, version: True, max_in_flight: int = 64,
     ) -> None:
         """Fragments [first, end) are held here. `holders`: the other peers that are alive; `is_ready(start, end,
-        version)`: are these fragments at that version here (`sync` runs)?"""
+        version)`: are these fragments at that version here (`sync` runs)? `max_in_flight`: microbatches that there is
+        memory for here."""
         self._me, self._calls, self._work, self._compute, self._router = me, calls, work, compute, router
         self.shape, self.first, self.end = shape, first, end
         self._holders, self._bits, self._back_bits, self._is_ready = holders, bits, back_bits, is_ready
+        self._max_in_flight = max_in_flight
         self._entries: dict[tuple[str, int, int], _Entry] = {}
         self._asked: dict[tuple[str, tuple[str, int, int]], _Asked] = {}
         self._done: OrderedDict[tuple[str, int], None] = OrderedDict()
@@ -224,8 +224,7 @@ class Chain:
             raise PeerRefused(f"fragment {microbatch.start} is not held here")
         if (microbatch.origin, microbatch.number) in self._done:
             raise PeerRefused("that microbatch is done")
-        others = sum(entry.microbatch.origin != self._me for entry in self._entries.values())
-        if microbatch.origin != self._me and others >= MAX_IN_FLIGHT:
+        if microbatch.origin != self._me and self._compute.in_flight >= self._max_in_flight:
             raise PeerRefused(BUSY)
         entry = _Entry(microbatch, asyncio.get_running_loop().time())
         self._entries[microbatch.key] = entry

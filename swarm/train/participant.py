@@ -28,7 +28,7 @@ from swarm.data.stream import PackedStream, tokenise
 from swarm.data.tokenizer import load_tokenizer
 from swarm.errors import HomeError, NetworkError, SwarmError
 from swarm.events import Bus, Check, Progress, Ready, Warning
-from swarm.host.device import choose_device, plan_memory
+from swarm.host.device import choose_device
 from swarm.host.home import Home
 from swarm.network import join
 from swarm.network.keys import Keypair, friendly_name
@@ -41,8 +41,9 @@ from swarm.train.arrival import Arrival
 from swarm.train.boundary import Boundary
 from swarm.train.checkpoint import Checkpoint
 from swarm.train.inner import InnerOptimizer
+from swarm.train.place import Place, choose
 from swarm.train.run_source import Held
-from swarm.train.serving import Serving, serve
+from swarm.train.serving import CREDIT, Serving, serve
 from swarm.train.stage_trainer import StageTrainer
 from swarm.train.trainer import Trainer, limit_threads
 
@@ -74,6 +75,7 @@ class Participant:
         self.on_step: Callable[[float, int], None] = lambda loss, tokens: None
         """called after each inner step with its loss and tokens, on the training thread"""
         self._on_run = on_run
+        self._place: Place | None = None
         self._boundary = Boundary()
         self._stream: PackedStream | None = None
         self._saved_stream: dict[str, Any] = {}
@@ -96,7 +98,7 @@ class Participant:
 
         began = time.monotonic()
         if config.new_swarm:
-            self.run, self.held = run_source.new_run(config.run, part=config.fragment_span)
+            self.run, self.held = run_source.new_run(config.run, choose=lambda run: self._find_place(run, device).part)
         elif not config.initial_peers:
             self.run = run_source.remembered(self.home, config.run_id)
         arrival = self._arrival = Arrival(config, self.home, self.network)
@@ -117,12 +119,10 @@ class Participant:
         if config.role == "trainer":
             began = time.monotonic()
             if self.held is None:
-                self.held = run_source.hold(self.run, part=config.fragment_span)
-            num_parameters = sum(layout.num_parameters for layout in self.held.layouts.values())
-            plan = plan_memory(num_parameters, device=device, bits=self.run.averaging.bits)
-            if not plan.fits:
-                raise SwarmError("this model does not fit", why=plan.text, do="use a machine with more memory")
-            self._check("memory", plan.text, began)
+                place = self._find_place(self.run, device)
+                self.held = run_source.hold(self.run, part=place.part)
+            assert self._place is not None
+            self._check("memory", f"{self._place.text}\n{self._place.plan.table()}", began)
             self.held.model.to(device)  # type: ignore[arg-type]
             self._take_over_state()
             if self.held.fragments[0].index == 0:  # who draws text; the others get it with the microbatches
@@ -130,6 +130,14 @@ class Participant:
             if config.new_swarm:
                 self.write_checkpoint()  # weights that came from a folder are nowhere else yet
         self.network.submit(self._background())
+
+    def _find_place(self, run: RunConfig, device: Any) -> Place:
+        """Which fragments to hold; where there is no swarm yet, as if nobody else was there."""
+        statuses = self.network.directory.alive() if hasattr(self.network, "directory") else {}
+        self._place = choose(
+            run, self.config, device=device, statuses=statuses, peer_id=self.network.peer_id
+        )
+        return self._place
 
     def _take_over_state(self) -> None:
         assert self.held is not None
@@ -213,7 +221,7 @@ class Participant:
         serving = self.network.run(serve(
             self.run, held, inner, averager, self.network, self._boundary,
             stream=None if is_whole else self._stream,
-            on_done=self._on_own_microbatch,
+            on_done=self._on_own_microbatch, in_flight=self._place.in_flight if self._place is not None else CREDIT,
         ))
         if not is_whole:
             return StageTrainer(self.run, serving, averager, self.network, stream=self._stream)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,17 +73,20 @@ def load_states(held: Held, states: Iterable[GlobalState]) -> None:
                 parameters[name].copy_(values)
 
 
-def new_run(file: str | None, *, part: tuple[int, int] | None = None) -> tuple[RunConfig, Held]:
-    """A run config made complete for publication, its start included, and what this peer holds of the model. Raises
-    ConfigError."""
+def new_run(
+    file: str | None, *, choose: Callable[[RunConfig], tuple[int, int] | None] = lambda run: None
+) -> tuple[RunConfig, Held]:
+    """A run config made complete for publication, its start included, and what this peer holds of the model: the
+    fragments [first, end) that `choose` names, or all. Raises ConfigError."""
     draft = load_run(file if file is not None else preset_path(DEMO))
     run = resolve(draft)
     folder = draft.model.source if run.model.source is None else None
-    if part is not None and folder is not None:
+    part = choose(run)
+    if part not in (None, (0, run.fragments)) and folder is not None:
         raise ConfigError(
             "a run from weights in a folder must be started by a peer that holds all of it",
             why=f"nobody else could read the other fragments' weights from {folder}",
-            do="start without --fragments, or name a model of the hub in model.source",
+            do="start it on a machine that fits it whole, without --fragments, or name a model of the hub",
         )
     held = hold(run, part=part, weights_from=folder)
     digests = {index: state.digest for index, state in held.states.items()}

@@ -60,10 +60,10 @@ class Serving:
 
 async def serve(
     run: RunConfig, held: Held, inner: InnerOptimizer, averager: Averager, network: Network, boundary: Boundary, *,
-    stream: PackedStream | None, on_done: Callable[[float, int], None],
+    stream: PackedStream | None, on_done: Callable[[float, int], None], in_flight: int,
 ) -> Serving:
     """On the network's thread. From now on others may send microbatches here. `stream`: where own ones are to be sent
-    down the chain; `on_done`: their loss and tokens."""
+    down the chain; `on_done`: their loss and tokens; `in_flight`: microbatches that there is memory for at once."""
     first, end = held.fragments[0].index, held.fragments[-1].index + 1
     work = WorkQueue()
     compute = StageCompute(held.stage, {f.index: f for f in held.fragments}, inner.parameters)
@@ -78,14 +78,14 @@ async def serve(
     chain = Chain(
         network.peer_id, link_calls, work, compute,
         Router(clock=asyncio.get_running_loop().time, rng=random.Random()),
-        shape=Shape(run.fragments, config.hidden_size, config.vocab_size), first=first, end=end,
+        shape=Shape(run.fragments, config.hidden_size, config.vocab_size), first=first, end=end, max_in_flight=in_flight,
         holders=lambda: calls.holders(network.directory.alive()), bits=bits, back_bits=bits, is_ready=is_ready,
     )
     origin = None
     if stream is not None:
         origin = Origin(
             network.peer_id, chain, link_calls, draw=lambda: stream.next_batch(microbatch_sequences(run)),
-            first_number=int(time.time() * 1000) * NUMBERS_A_MS, largest_credit=CREDIT, on_done=on_done,
+            first_number=int(time.time() * 1000) * NUMBERS_A_MS, largest_credit=in_flight, on_done=on_done,
         )
     steps = StageSteps(
         run, inner, compute, averager, announce=lambda: network.submit(averager.announce())

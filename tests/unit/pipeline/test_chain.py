@@ -245,7 +245,7 @@ def test_where_nobody_holds_the_rest_it_is_said_and_asked_again_later(monkeypatc
     play(story())
 
 
-def test_strangers_are_refused_before_anything_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_strangers_are_refused_before_anything_is_computed() -> None:
     async def story() -> None:
         world = World(3, seed=9)
         peer = Peer(world, "peer", 1, 3)
@@ -256,7 +256,7 @@ def test_strangers_are_refused_before_anything_is_computed(monkeypatch: pytest.M
             with pytest.raises(BadMessage):
                 await peer.chain.serve(asked, body, asker="B" * 20)
         assert peer.compute.in_flight == 0 and not peer.chain._entries
-        monkeypatch.setattr(chains, "MAX_IN_FLIGHT", 0)
+        peer.chain._max_in_flight = 0
         with pytest.raises(PeerRefused, match=chains.BUSY):
             await peer.chain.serve(asked, b"", asker="B" * 20)
 
