@@ -187,7 +187,10 @@ class PlainView:
 
 
 def check_line(check: Check) -> str:
-    return f"  {printable(check.name):<10}  {printable(check.text):<78}  {check.seconds:6.1f} s"
+    """One line; what is a table in it follows, indented."""
+    text, *table = check.text.split("\n")
+    lines = [f"  {printable(check.name):<10}  {printable(text):<78}  {check.seconds:6.1f} s"]
+    return "\n".join([*lines, *(f"{'':14}{printable(row)}" for row in table)])
 
 
 def join_block(ready: Ready) -> str:

@@ -99,7 +99,7 @@ class _Planner:
             in_flight //= 2
             plan = self._plan(size, in_flight, chained=chained)
         which = f"fragments {part[0]}:{part[1]} of {len(self.sizes)}" if chained else "the whole model"
-        return Place(part, in_flight, plan, f"{which} ({why})")
+        return Place(part, in_flight, plan, f"{which}: {why}")
 
     def fitting(self) -> Iterator[tuple[int, int]]:
         for first in range(len(self.sizes)):

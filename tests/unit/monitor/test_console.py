@@ -12,7 +12,8 @@ import threading
 import pytest
 
 from swarm.errors import ConfigError
-from swarm.monitor.console import PlainView, make_ui
+from swarm.events import Check
+from swarm.monitor.console import PlainView, check_line, make_ui
 from swarm.monitor.live import LiveView
 
 ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
@@ -285,3 +286,10 @@ def test_what_was_queued_is_shown_even_without_a_close(run):
     environ = {**os.environ, "PYTHONPATH": os.getcwd()}
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environ)
     assert (done.stdout, done.stderr, done.returncode) == ("left: an error\n", "", 0)
+
+
+def test_a_table_in_a_check_stays_a_table() -> None:
+    line = check_line(Check("memory", "fragments 0:2 of 4: they fit\nweights   2 MB\ngradients 2 MB", 1.25))
+    first, *rows = line.split("\n")
+    assert first.startswith("  memory      fragments 0:2 of 4: they fit ") and first.endswith(" 1.2 s")
+    assert rows == [" " * 14 + "weights   2 MB", " " * 14 + "gradients 2 MB"]
