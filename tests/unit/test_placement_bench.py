@@ -49,7 +49,7 @@ def test_a_run_is_deterministic_and_its_figures_are_shares(name: str) -> None:
     found = Swarm(RULES[name], SHORT, seed=1).run()
     assert found == Swarm(RULES[name], SHORT, seed=1).run()
     assert all(0 <= found[key] <= 1 for key in ("worst_decile", "efficiency", "gap"))
-    assert found["efficiency"] > 0
+    assert name != "ours" or found["efficiency"] > 0.3  # who does not heal may have a gap all the time
 
 
 def test_all_rules_see_the_same_lives() -> None:
