@@ -63,7 +63,7 @@ async def serve(
     stream: PackedStream | None, on_done: Callable[[float, int], None], in_flight: int,
 ) -> Serving:
     """On the network's thread. From now on others may send microbatches here. `stream`: where own ones are to be sent
-    down the chain; `on_done`: their loss and tokens; `in_flight`: microbatches that there is memory for at once."""
+    down the chain; `on_done`: their loss and tokens; `in_flight`: microbatches that there is room for at once."""
     first, end = held.fragments[0].index, held.fragments[-1].index + 1
     work = WorkQueue()
     compute = StageCompute(held.stage, {f.index: f for f in held.fragments}, inner.parameters)

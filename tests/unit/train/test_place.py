@@ -16,8 +16,8 @@ from swarm.train.serving import CREDIT
 
 CPU = torch.device("cpu")
 GPTJ: dict[str, Any] = {
-    "model_type": "gptj", "n_layer": 6, "n_embd": 256, "n_head": 4, "rotary_dim": 8, "n_positions": 64, "vocab_size": 260,
-    "bos_token_id": 256, "eos_token_id": 256,
+    "model_type": "gptj", "n_layer": 6, "n_embd": 256, "n_head": 4, "rotary_dim": 8, "n_positions": 64,
+    "vocab_size": 260, "bos_token_id": 256, "eos_token_id": 256,
 }
 MB = 1_000_000
 
