@@ -133,7 +133,7 @@ class Opener:
         if len(silent) >= len(set(opening.members) - silent):
             return None, set()  # half of the living do not answer: they may be making history among themselves
         contributors = contributors_of(answers)
-        if sum(tokens for _, tokens in contributors) < self._at_least:
+        if _tokens(contributors) < self._at_least:
             return None, set()  # what others had to give was already given when they said so
         if not contributors or self.elsewhere or owners & failed:
             return None, failed  # an owner is gone: its part would be missing, so give it to another
@@ -141,7 +141,7 @@ class Opener:
         if results is None:
             results, contributors, lost = await self._reduce_without_the_missing(opening, contributors)
             failed |= lost
-        if results is None:
+        if results is None or _tokens(contributors) < self._at_least:
             return None, failed
         self._push_s.append(clock() - began)
         named = [Contributor(member=member, tokens=tokens) for member, tokens in contributors]
@@ -284,6 +284,10 @@ class Opener:
                 await self._context.tell(peer_id, method, header, b"", TELL_S)
 
         self._context.spawn(tell())
+
+
+def _tokens(contributors: Contributors) -> int:
+    return sum(tokens for _, tokens in contributors)
 
 
 def is_signed(opening: Opening, part: int, contributors: Contributors, result: PartResult) -> bool:

@@ -50,7 +50,8 @@ from swarm.train.trainer import Trainer, limit_threads
 PROGRESS_S = 1.0
 CHECKPOINT_S = 60.0
 SETTLE_S = 30.0
-HAND_OVER_S = 10.0
+HAND_OVER_S = 20.0
+"""others that leave as well may still have microbatches under way"""
 LOOK_AGAIN_S = 15.0
 LINGER_S = 1.0
 """others that reach the same end notice it a moment later"""
@@ -79,6 +80,8 @@ class Participant:
         self._boundary = Boundary()
         self._stream: PackedStream | None = None
         self._saved_stream: dict[str, Any] = {}
+        self._gaps: list[int] = []
+        """fragments that nobody held when this was last looked at"""
         self._leaving = self._stopped = False
         """about to go; and training is over, too"""
         self._folder: Path
@@ -155,6 +158,13 @@ class Participant:
             run_source.load_states(self.held, saved.states)
         downloaded = self.network.run(self._synchronise(trusted))
         assert self.averager is not None
+        said = said_tokens(self.network.directory.alive().values())
+        for state in self.averager.states():
+            if state.tokens == 0 < min((tokens for i, tokens in said.items() if i != state.fragment), default=0):
+                self.bus.emit(Warning(
+                    f"FRAGMENT {state.fragment} STARTS AGAIN FROM THE BEGINNING: nobody here has its state; if a peer that"
+                    " has it comes back, its history wins"
+                ))
         versions = ", ".join(str(state.version) for state in self.averager.states())
         origin = f"downloaded {_count(downloaded, 'fragment')} from others" if downloaded else (
             "from this peer's checkpoint" if saved is not None else "the run's start, drawn from its seed"
@@ -281,6 +291,7 @@ class Participant:
             await asyncio.sleep(PROGRESS_S)
             try:
                 self._emit_progress()
+                self._tell_gaps()
             except Exception:  # a line on the screen is not worth the checkpoints that come after it here
                 log.exception("cannot tell the progress")
             if loop.time() - looked > LOOK_AGAIN_S:
@@ -311,6 +322,22 @@ class Participant:
             fragments=averager.held() if averager else [],
             bytes_sent=endpoint.bytes_sent, bytes_received=endpoint.bytes_received,
         ))
+
+    def _tell_gaps(self) -> None:
+        """Somebody must hold each fragment, or microbatches wait; said when it changes."""
+        if self.averager is None or not self.averager.serving:
+            return
+        held = set(self.averager.held())
+        for status in self.network.directory.alive().values():
+            held |= status.held().keys()
+        gaps = sorted(set(range(self.run.fragments)) - held)
+        if gaps != self._gaps:
+            self._gaps = gaps
+            names = ", ".join(map(str, gaps))
+            self.bus.emit(Warning(
+                f"nobody here holds fragment {names}: microbatches wait for a peer that does (--fragments A:B)"
+                if gaps else "every fragment has somebody who holds it"
+            ))
 
     def write_checkpoint(self) -> None:
         """Save the global state as it is now; a full disk is a warning, and training goes on."""

@@ -80,3 +80,44 @@ def test_a_peer_that_fits_the_first_fragment_trains_through_whole_peers(tmp_path
         assert [peer.process.returncode for peer in swarm.peers] == [0] * 3, [peer.stderr for peer in swarm.peers]
         assert held_everywhere_alike(swarm.peers) == {0, 2, 3}
         assert not watch.disagreements(swarm.peers)
+
+
+@pytest.mark.timeout(300)
+def test_a_fragment_whose_holder_is_gone_starts_again_with_a_loud_word(tmp_path: Path) -> None:
+    said: list[str] = []
+    watch = Watch()
+
+    def listen(peer: LocalPeer, event: dict[str, object]) -> None:
+        watch(peer, event)
+        if event["event"] == "warning":
+            said.append(str(event["text"]))
+
+    with LocalSwarm(tmp_path, on_event=listen) as swarm:
+        start(swarm, four_fragments(tmp_path, tokens_per_round=1_000), ["0:2", "2:3", "3:4"])
+        swarm.wait_for(lambda: set(watch.newest) == {0, 1, 2, 3}, timeout_s=90, what="a round of every fragment")
+        assert_gone(kill(swarm.peers[1]))
+        swarm.wait_for(lambda: any("nobody here holds fragment 2" in text for text in said), timeout_s=60, what="that")
+        maddrs = swarm.peers[0].last("ready", "maddrs")
+        newcomer = swarm.start_peer("--initial-peers", *maddrs, "--fragments", "2:3", number=7)
+        swarm.wait_for(lambda: any("FRAGMENT 2 STARTS AGAIN" in text for text in said), timeout_s=60, what="a loud word")
+        swarm.wait_for(lambda: newcomer.heads.get(2, (0, ""))[0] >= 1, timeout_s=60, what="a round of it")
+        swarm.finish()
+
+
+def test_a_peer_says_what_nobody_holds_and_that_it_is_over(tmp_path: Path) -> None:
+    said: list[str] = []
+
+    def listen(peer: LocalPeer, event: dict[str, object]) -> None:
+        if event["event"] == "warning" and peer.number == 0:
+            said.append(str(event["text"]))
+
+    with LocalSwarm(tmp_path, on_event=listen) as swarm:
+        start(swarm, four_fragments(tmp_path), ["0:2"])
+        swarm.wait_for(lambda: bool(said), timeout_s=30, what="a word")
+        assert said == ["nobody here holds fragment 2, 3: microbatches wait for a peer that does (--fragments A:B)"]
+        swarm.start_peer("--initial-peers", *swarm.peers[0].last("ready", "maddrs"), "--fragments", "2:4")
+        swarm.wait_for(lambda: len(said) == 2, timeout_s=60, what="the other one")
+        assert said[1] == "every fragment has somebody who holds it"
+        swarm.wait_for(lambda: swarm.peers[0].last("progress", "tokens") > 500, timeout_s=60, what="tokens")
+        swarm.finish()
+        assert [peer.process.returncode for peer in swarm.peers] == [0, 0]

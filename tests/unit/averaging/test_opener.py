@@ -258,3 +258,41 @@ def test_two_openers_at_the_same_moment_make_one_history(tell: Tell) -> None:
         assert {peer.head[2] for peer in peers} == {1000}
 
     tell(story)
+
+
+def test_a_round_for_which_too_little_was_learnt_comes_to_nothing(tell: Tell) -> None:
+    """A step of a `sync` run is all of it: what was said before the last commit is not there any more."""
+    async def story(peers: list[Peer]) -> None:
+        names = [peer.id for peer in peers]
+        assert await opener_of(peers[0]).open(names[1:], names, at_least=1001) is None
+        await asyncio.sleep(1)
+        assert [peer.averager.pending() for peer in peers] == [[100], [200], [300], [400]]
+        commit = await opener_of(peers[0]).open(names[1:], names, at_least=1000)
+        assert commit is not None and commit.tokens == 1000
+
+    tell(story)
+
+
+def test_a_contribution_that_is_lost_on_its_way_is_not_done_without_where_all_is_needed(tell: Tell) -> None:
+    async def story(peers: list[Peer]) -> None:
+        names = [peer.id for peer in peers]
+        pushes = 0
+
+        async def swallow(*_: object) -> Any:
+            nonlocal pushes
+            pushes += 1
+            return {}, b""
+
+        for owner in peers:
+            real = owner.methods["push"]
+
+            async def push(link: Any, header: dict[str, Any], body: bytes, real: Any = real) -> Any:
+                return await (swallow() if link.peer_id == peers[3].id else real(link, header, body))
+
+            owner.methods["push"] = push
+        assert await opener_of(peers[0]).open(names[1:], names, at_least=1000) is None
+        assert pushes > 0
+        commit = await opener_of(peers[0]).open(names[1:], names)
+        assert commit is not None and commit.tokens == 600, "without that need the others go on"
+
+    tell(story)
