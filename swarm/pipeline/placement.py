@@ -42,8 +42,8 @@ REST_S = 300.0
 PEERS_PER_MOVER = 64
 """so many peers for each that may move at a time"""
 MIN_GAIN = 1.0
-"""a move wins the swarm at least as much as the mover's whole speed. That is not much: in a lopsided swarm one peer
-at the bottleneck sets free many others. Less than that (0.3, 0.6) gave more moves, up to twice as many, for nothing"""
+"""a move wins the swarm at least as much as the whole speed of the mover. That is not much: in a lopsided swarm one
+peer at the bottleneck sets free many others. Less (0.3, 0.6) gave more moves, up to twice as many, for nothing"""
 LOAD_GAIN_PER_S = 0.5 / 1800
 """what it must win in addition for each second of loading, of the mover's speed"""
 
