@@ -162,8 +162,8 @@ class Participant:
         for state in self.averager.states():
             if state.tokens == 0 < min((tokens for i, tokens in said.items() if i != state.fragment), default=0):
                 self.bus.emit(Warning(
-                    f"FRAGMENT {state.fragment} STARTS AGAIN FROM THE BEGINNING: nobody here has its state; if a peer that"
-                    " has it comes back, its history wins"
+                    f"FRAGMENT {state.fragment} STARTS AGAIN FROM THE BEGINNING: nobody here has its state; if a peer"
+                    " that has it comes back, its history wins"
                 ))
         versions = ", ".join(str(state.version) for state in self.averager.states())
         origin = f"downloaded {_count(downloaded, 'fragment')} from others" if downloaded else (

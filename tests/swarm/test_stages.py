@@ -99,7 +99,7 @@ def test_a_fragment_whose_holder_is_gone_starts_again_with_a_loud_word(tmp_path:
         swarm.wait_for(lambda: any("nobody here holds fragment 2" in text for text in said), timeout_s=60, what="that")
         maddrs = swarm.peers[0].last("ready", "maddrs")
         newcomer = swarm.start_peer("--initial-peers", *maddrs, "--fragments", "2:3", number=7)
-        swarm.wait_for(lambda: any("FRAGMENT 2 STARTS AGAIN" in text for text in said), timeout_s=60, what="a loud word")
+        swarm.wait_for(lambda: any("FRAGMENT 2 STARTS AGAIN" in text for text in said), timeout_s=60, what="a word")
         swarm.wait_for(lambda: newcomer.heads.get(2, (0, ""))[0] >= 1, timeout_s=60, what="a round of it")
         swarm.finish()
 
