@@ -7,9 +7,11 @@
     scripts/bench.py round      seconds of a round, against what the lines allow
     scripts/bench.py join       seconds until a newcomer's tokens count
     scripts/bench.py churn      speed and tokens that are kept while peers die, freeze and lose each other
+    scripts/bench.py pipeline   a model in stages: tokens per second against a hub, churn, loss
 
 `--quick` is the same, small, to see that it works; `scripts/bench.py NAME --help` says what else can be set.
-All but `loss` run in the WAN lab (scripts/wanlab/README.md): they need root on Linux, and end with code 2 elsewhere.
+All but `loss` and `pipeline --part loss` run in the WAN lab (scripts/wanlab/README.md): they need root on Linux, and
+end with code 2 elsewhere.
 """
 
 from __future__ import annotations
@@ -26,11 +28,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from benches import churn, join, loss, traffic, wan
+from benches import churn, join, loss, pipeline, traffic, wan
 from benches import round as rounds
 from entry import guarded, start
 
-BENCHES = {bench.NAME: bench for bench in (loss, wan, traffic, rounds, join, churn)}
+BENCHES = {bench.NAME: bench for bench in (loss, wan, traffic, rounds, join, churn, pipeline)}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -33,7 +33,7 @@ Weights = Mapping[int, torch.Tensor]
 
 
 class StageHolder:
-    """A peer with one stage. To `StageSteps` it also is the averager: it tells the tokens and takes what was trained."""
+    """A peer with one stage. To `StageSteps` it also is the averager: tells the tokens, takes what was trained."""
 
     def __init__(self, run: RunConfig, part: tuple[int, int], start: Weights, swarm: LockChain) -> None:
         self.held = hold(run, part=part)

@@ -1,8 +1,8 @@
 """Do stages cost quality? Held-out loss, same seeds, same tokens, everything in one process (benches/lockchain.py).
 
     links    one holder a stage: int8 between the stages against fp32
-    mixed    from a checkpoint: several holders a stage, a random one for each microbatch, local steps and a round of each
-             fragment after 20 of them, against one process whose inner steps have the batches of all origins
+    mixed    from a checkpoint: several holders a stage, a random one for each microbatch, local steps and a round of
+             each fragment after 20 of them, against one process whose inner steps have the batches of all origins
 """
 
 from __future__ import annotations
@@ -34,27 +34,31 @@ LOCAL_STEPS = 20
 INT8 = 8
 BASE_TOKENS, MORE_TOKENS = 400_000, 600_000
 """of the checkpoint, and after it"""
-QUICK_TOKENS = 12_000
+QUICK_TOKENS = 4_096
+QUICK_SEQUENCES = 60
 SHOWN_S = 30.0
 HELD_OUT_SEQUENCES = 400
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seeds", type=int, default=3, help="loss: how many (3)")
-    parser.add_argument("--link-tokens", type=int, default=MORE_TOKENS, metavar="N", help=f"loss: over links ({MORE_TOKENS})")
+    parser.add_argument(
+        "--link-tokens", type=int, default=MORE_TOKENS, metavar="N", help=f"loss: over links ({MORE_TOKENS})"
+    )
     parser.add_argument(
         "--mixed-tokens", type=int, nargs=2, default=[BASE_TOKENS, MORE_TOKENS], metavar="N",
         help=f"loss: of the checkpoint, and after it ({BASE_TOKENS} {MORE_TOKENS})",
     )
 
 
-def measure(run: RunConfig, options: argparse.Namespace) -> dict[str, Any]:
+def measure(options: argparse.Namespace) -> dict[str, Any]:
     torch.set_num_threads(1)
+    run = common.run_of(options)
     link_tokens, (base, more) = options.link_tokens, options.mixed_tokens
     seeds = options.seeds
     if options.quick:
         link_tokens, base, more, seeds = QUICK_TOKENS, QUICK_TOKENS, QUICK_TOKENS, 1
-    text = Text(run)
+    text = Text(run, num_sequences=QUICK_SEQUENCES if options.quick else HELD_OUT_SEQUENCES)
     found: dict[str, list[float]] = {name: [] for name in ("fp32", "int8", "checkpoint", "one process", "mixed")}
     for seed in range(seeds):
         own = dataclasses.replace(run, seed=run.seed + seed)
@@ -80,13 +84,13 @@ def measure(run: RunConfig, options: argparse.Namespace) -> dict[str, Any]:
 class Text:
     """What is learnt, and what is held out to judge by."""
 
-    def __init__(self, run: RunConfig) -> None:
+    def __init__(self, run: RunConfig, *, num_sequences: int) -> None:
         train, held_out = documents(run.data)
         tokenizer = load_tokenizer(run)
         self.tokens = tokenise(train, tokenizer)
         self._sequences = held_out_batches(
             tokenise(held_out, tokenizer), sequence_length=run.train.sequence_length,
-            num_sequences_max=HELD_OUT_SEQUENCES,
+            num_sequences_max=num_sequences,
         )
 
     def loss(self, run: RunConfig, weights: Weights) -> float:
@@ -132,7 +136,8 @@ def trained(swarm: LockChain, *, until: int) -> dict[int, torch.Tensor]:
 def row(name: str, losses: list[float], baseline_name: str, baseline: list[float]) -> dict[str, Any]:
     gaps = [100 * (value / base - 1) for value, base in zip(losses, baseline, strict=True)]
     return {
-        "name": name, "baseline": baseline_name, "loss": tables.spread(losses), "baseline_loss": tables.spread(baseline),
+        "name": name, "baseline": baseline_name,
+        "loss": tables.spread(losses), "baseline_loss": tables.spread(baseline),
         "gap_percent": [round(gap, 3) for gap in gaps], "median_gap_percent": round(statistics.median(gaps), 3),
     }
 
@@ -140,7 +145,8 @@ def row(name: str, losses: list[float], baseline_name: str, baseline: list[float
 def table(result: Mapping[str, Any]) -> str:
     rows = [
         [
-            row["name"], tables.shown(row["loss"], digits=4), row["baseline"], tables.shown(row["baseline_loss"], digits=4),
+            row["name"], tables.shown(row["loss"], digits=4),
+            row["baseline"], tables.shown(row["baseline_loss"], digits=4),
             f"{row['median_gap_percent']:+.2f}", ", ".join(f"{gap:+.2f}" for gap in row["gap_percent"]),
         ]
         for row in result["rows"]
@@ -149,10 +155,8 @@ def table(result: Mapping[str, Any]) -> str:
     checkpoint = tables.shown(tables.spread(result["losses"]["checkpoint"]), digits=4)
     return "\n".join([
         tables.markdown(["", "held-out loss", "against", "held-out loss", "gap, %", "of each seed, %"], rows), "",
-        f"stages cut at fragments {result['edges']}; links: {result['link_tokens']:,} tokens from cold; mixed: int8 links,"
-        f" {result['num_holders']} holders a stage, {more:,} tokens after a checkpoint of {base:,} ({checkpoint})",
+        f"stages cut at fragments {result['edges']}; links: {result['link_tokens']:,} tokens from cold; mixed:"
+        f" int8 links, {result['num_holders']} holders a stage, {more:,} tokens after a checkpoint of {base:,}"
+        f" ({checkpoint})",
     ])
 
-
-def run_of(options: argparse.Namespace) -> RunConfig:
-    return common.run_of(options)
