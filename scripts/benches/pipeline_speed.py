@@ -33,6 +33,7 @@ SERVICE_S = 0.15
 SLOW_STAGE, SLOWER = 2, 2.5
 """which stage is the slow one where there is one, and how many times the others' time it takes"""
 HUB_IN_FLIGHT = (4, 8, 16, 32)
+CASES = ("chain", "hub", "slow", "helped")
 FIRST_S, SETTLE_S = 120.0, 15.0
 QUICK_STAGES, QUICK_S = 2, 6.0
 
@@ -43,10 +44,6 @@ class Case:
     specs: tuple[StageSpec, ...]
     hub: bool = False
 
-    @property
-    def slow(self) -> bool:
-        return len({spec.service_s for spec in self.specs}) > 1
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
@@ -56,12 +53,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seconds", type=float, default=30.0, help="speed: of each window (30)")
     parser.add_argument("--repeats", type=int, default=1, help="speed: how often (1)")
     parser.add_argument(
+        "--case", nargs="+", default=list(CASES), choices=CASES, help="speed: which rows of the table (all)"
+    )
+    parser.add_argument(
         "--service-ms", type=float, default=1e3 * SERVICE_S, metavar="MS",
         help=f"speed: computing of a stage for a microbatch, there and back ({1e3 * SERVICE_S:.0f})",
     )
 
 
 def cases(num_stages: int, service_s: float) -> list[Case]:
+    """As `CASES` names them."""
     even = tuple(StageSpec((index, index + 1), service_s) for index in range(num_stages))
     slow = [
         replace(spec, service_s=SLOWER * service_s) if index == SLOW_STAGE else spec for index, spec in enumerate(even)
@@ -73,15 +74,16 @@ def cases(num_stages: int, service_s: float) -> list[Case]:
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    num_stages, all_cases = NUM_STAGES, cases(NUM_STAGES, options.service_ms / 1e3)
+    num_stages, wanted = NUM_STAGES, options.case
     topologies, seconds, repeats = options.topology, options.seconds, options.repeats
     if options.quick:
-        num_stages, topologies, seconds, repeats = QUICK_STAGES, topologies[:1], QUICK_S, 1
-        all_cases = cases(num_stages, options.service_ms / 1e3)[:2]
+        num_stages, topologies, seconds, repeats, wanted = QUICK_STAGES, topologies[:1], QUICK_S, 1, CASES[:2]
+    named = zip(CASES, cases(num_stages, options.service_ms / 1e3), strict=True)
+    chosen = [case for name, case in named if name in wanted]
     run = wide_run(common.run_of(options), num_stages)
     rows = []
     for name in topologies:
-        for case in all_cases:
+        for case in chosen:
             topology = more_hosts(load(name), len(case.specs))
             good, failures = [], []
             for repeat in range(repeats):
