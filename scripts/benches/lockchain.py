@@ -138,7 +138,8 @@ class LockChain:
             version=holders[0].ledgers[index].state.version, staggered=True,
         )
         if last or sum(holder.ledgers[index].pending_tokens for holder in holders) >= target:
-            opening, state, _ = average(self.run, index, holders)
+            working = [holder for holder in holders if holder.ledgers[index].pending_tokens]  # others have no say
+            opening, state, _ = average(self.run, index, working)
             self._arriving.append((index, opening, state))
 
     def _apply(self) -> None:
