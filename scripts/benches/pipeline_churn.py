@@ -44,7 +44,7 @@ MOMENT_S = 10.0
 BLAMED_S = 60.0
 """a failure is laid to a death that was so long ago, at most"""
 FIRST_S, SETTLE_S, RECOVER_S = 120.0, 15.0, 10.0
-QUICK_PARTS, QUICK_S, QUICK_EVERY_S = ((0, 3), (3, 6), (3, 6)), 10.0, 5.0
+QUICK_PARTS, QUICK_S, QUICK_EVERY_S = ((0, 3), (3, 6), (3, 6)), 10.0, 10.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -32,7 +32,8 @@ NUM_STAGES = 4
 SERVICE_S = 0.15
 SLOW_STAGE, SLOWER = 2, 2.5
 """which stage is the slow one where there is one, and how many times the others' time it takes"""
-HUB_IN_FLIGHT = (4, 8, 16, 32)
+HUB_IN_FLIGHT, HUB_EACH_S = (6, 12, 24), 15.0
+"""so many microbatches under way, each for so long"""
 CASES = ("chain", "hub", "slow", "helped")
 FIRST_S, SETTLE_S = 120.0, 15.0
 QUICK_STAGES, QUICK_S = 2, 6.0
@@ -108,20 +109,18 @@ def one(
     topology: Topology, run: RunConfig, case: Case, *, seed: int, seconds: float, quick: bool
 ) -> dict[str, float]:
     tokens = microbatch_sequences(run) * run.train.sequence_length
-    in_flight = HUB_IN_FLIGHT[1:2] if quick else HUB_IN_FLIGHT
-    settle_s = SETTLE_S / 5 if quick else SETTLE_S
-    system = Stages(
-        case.specs, emulate=True, hub=in_flight if case.hub else (), each_s=settle_s + seconds / 2
-    )
+    in_flight = HUB_IN_FLIGHT[:1] if quick else HUB_IN_FLIGHT
+    settle_s, each_s = (SETTLE_S / 5, seconds + SETTLE_S / 5) if quick else (SETTLE_S, HUB_EACH_S)
+    system = Stages(case.specs, emulate=True, hub=in_flight if case.hub else (), each_s=each_s)
     with common.workspace() as folder, common.lab(topology) as lab:
         setup = Setup(common.write(run, folder / "bench.yaml"), len(case.specs), None, folder / "swarm", seed)
         with LabSwarm(lab, system, setup) as swarm:
             swarm.start_all()
             origin = swarm.peers[0]
             swarm.wait(lambda: bool(origin.of("done")), timeout_s=FIRST_S, what="the first microbatch")
-            swarm.sleep(settle_s)
+            swarm.sleep(settle_s if not case.hub else each_s / 3)
             before, before_done = swarm.snapshot(), len(origin.of("done"))
-            swarm.sleep((len(in_flight) * system.each_s - settle_s) if case.hub else seconds)
+            swarm.sleep(len(in_flight) * each_s - each_s / 3 if case.hub else seconds)
             after, after_done = swarm.snapshot(), len(origin.of("done"))
     return figures(origin, case, before, after, num_done=after_done - before_done, tokens=tokens, topology=topology)
 
