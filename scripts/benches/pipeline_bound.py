@@ -91,12 +91,15 @@ def rate_of(done: Sequence[float], *, began: float, ended: float) -> float:
 
 def best_in_flight(lines: Sequence[dict[str, Any]]) -> tuple[int, float]:
     """(microbatches under way, a second) of the hub's best number. `lines`: its "done", whose `credit` says how many
-    there were meant to be when it began. The first third of each is left out: pipes fill."""
+    there were meant to be when it began. The first third of each is left out: pipes fill. All that were done in the rest
+    count, over its whole length: a hub's come in bursts, and from one burst to its end they would look too quick."""
     best = (0, 0.0)
-    done = [line["at"] for line in lines]
-    for number in sorted({line["credit"] for line in lines}):
-        times = [line["at"] for line in lines if line["credit"] == number]
-        began, ended = min(times), max(times)
-        rate = rate_of(done, began=began + (ended - began) / 3, ended=ended)
-        best = max(best, (number, rate), key=lambda found: found[1])
+    numbers = {line["credit"] for line in lines}
+    starts = sorted((min(line["at"] for line in lines if line["credit"] == number), number) for number in numbers)
+    ends = [at for at, _ in starts[1:]] + [max((line["at"] for line in lines), default=0.0)]
+    for (start, number), ended in zip(starts, ends, strict=False):
+        began = start + (ended - start) / 3
+        if ended > began:
+            per_s = sum(began <= line["at"] < ended for line in lines) / (ended - began)
+            best = max(best, (number, per_s), key=lambda found: found[1])
     return best

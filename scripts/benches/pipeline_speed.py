@@ -32,7 +32,7 @@ NUM_STAGES = 4
 SERVICE_S = 0.15
 SLOW_STAGE, SLOWER = 2, 2.5
 """which stage is the slow one where there is one, and how many times the others' time it takes"""
-HUB_IN_FLIGHT, HUB_EACH_S = (6, 12, 24), 15.0
+HUB_IN_FLIGHT, HUB_EACH_S = (6, 12, 24), 40.0
 """so many microbatches under way, each for so long"""
 CASES = ("chain", "hub", "slow", "helped")
 FIRST_S, SETTLE_S = 120.0, 15.0
