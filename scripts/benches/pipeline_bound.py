@@ -91,7 +91,7 @@ def rate_of(done: Sequence[float], *, began: float, ended: float) -> float:
 
 def best_in_flight(lines: Sequence[dict[str, Any]]) -> tuple[int, float]:
     """(microbatches under way, a second) of the hub's best number. `lines`: its "done", whose `credit` says how many
-    there were meant to be when it began. The first third of each is left out: pipes fill. All that were done in the rest
+    there were meant to be when it began. The first third of each is left out: pipes fill. All those done in the rest
     count, over its whole length: a hub's come in bursts, and from one burst to its end they would look too quick."""
     best = (0, 0.0)
     numbers = {line["credit"] for line in lines}
