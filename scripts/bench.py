@@ -7,11 +7,11 @@
     scripts/bench.py round      seconds of a round, against what the lines allow
     scripts/bench.py join       seconds until a newcomer's tokens count
     scripts/bench.py churn      speed and tokens that are kept while peers die, freeze and lose each other
-    scripts/bench.py placement  what a swarm gets out of its peers, by rule of placement (simulated)
+from benches import churn, join, loss, pipeline, placement, traffic, wan
+from benches import round as rounds
+from entry import guarded, start
 
-`--quick` is the same, small, to see that it works; `scripts/bench.py NAME --help` says what else can be set.
-All but `loss` and `placement` run in the WAN lab (scripts/wanlab/README.md): they need root on Linux, and end with
-code 2 elsewhere.
+BENCHES = {bench.NAME: bench for bench in (loss, wan, traffic, rounds, join, churn, placement, pipeline)}
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from benches import churn, join, loss, placement, traffic, wan
+from benches import churn, join, loss, pipeline, placement, traffic, wan
 from benches import round as rounds
 from entry import guarded, start
 
-BENCHES = {bench.NAME: bench for bench in (loss, wan, traffic, rounds, join, churn, placement)}
+BENCHES = {bench.NAME: bench for bench in (loss, wan, traffic, rounds, join, churn, placement, pipeline)}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -16,18 +16,16 @@ from typing import Any
 
 import torch
 
+from benches.lockstep import average
 from swarm.averaging import outer, plan
 from swarm.averaging.global_state import GlobalState
-from swarm.averaging.layout import Layout
 from swarm.averaging.ledger import Drift, Ledger
-from swarm.averaging.reduction import reduce_part
 from swarm.config import RunConfig, load_run
 from swarm.data.sources import documents
 from swarm.data.stream import PackedStream, held_out_batches, tokenise
 from swarm.data.tokenizer import load_tokenizer
 from swarm.host.presets import preset_path
 from swarm.model.evaluate import held_out_loss
-from swarm.network import codec
 from swarm.train.inner import InnerOptimizer
 from swarm.train.run_source import Held, hold, load_states
 
@@ -89,42 +87,9 @@ class Simulation:
                 self._round(index)
 
     def _round(self, index: int) -> None:
-        bits, layout = self.run.averaging.bits, self.peers[0].held.layouts[index]
-        state = self.peers[0].ledgers[index].state
-        opening = f"{index}/{state.version + 1}"
-        names = [f"peer-{number}" for number in range(len(self.peers))]
-        parts = [(start, end, names.index(owner)) for start, end, owner in plan.split(layout.num_blocks, names)]
-        decoded: list[dict[str, torch.Tensor]] = [{} for _ in parts]
-        counts = {}
-        for name, peer in zip(names, self.peers, strict=True):
-            contribution = peer.ledgers[index].contribute(opening, state.version + 1)
-            counts[name] = contribution.tokens
-            said = []
-            for part, (start, end, _) in enumerate(parts):
-                values = contribution.offered[start * codec.BLOCK:end * codec.BLOCK]
-                data = codec.encode(values, layout.fine_in(start, end), bits)
-                self.bytes_sent += len(data)
-                decoded[part][name] = codec.decode(data, end - start, layout.fine_in(start, end), bits)
-                said.append(decoded[part][name])
-            contribution.lost = contribution.offered - torch.cat(said)
-        results = [self._reduce(index, layout, part, decoded[n], counts) for n, part in enumerate(parts)]
-        tokens = state.tokens + sum(counts.values())
-        step = outer.OuterStep(self.run, state.version + 1, state.tokens, tokens)
-        weights, buffers = outer.apply(
-            step, state.weights, list(state.buffers), torch.cat(results), layout.decay_mask()
-        )
-        self._arriving.append((index, opening, GlobalState(index, step.version, tokens, weights, tuple(buffers))))
-
-    def _reduce(
-        self, index: int, layout: Layout, part: tuple[int, int, int], values: dict[str, torch.Tensor],
-        counts: dict[str, int],
-    ) -> torch.Tensor:
-        start, end, owner = part
-        key = (index, start, end)
-        feedback = self.peers[owner].feedback.get(key, torch.zeros((end - start) * codec.BLOCK))
-        bits, fine = self.run.averaging.bits, layout.fine_in(start, end)
-        data, self.peers[owner].feedback[key] = reduce_part(values, counts, feedback, num_fine=fine, bits=bits)
-        return codec.decode(data, end - start, fine, bits)
+        opening, state, sent = average(self.run, index, self.peers)
+        self.bytes_sent += sent
+        self._arriving.append((index, opening, state))
 
     def finish(self) -> None:
         """Apply what is on its way, so that the model is the one that a peer would export."""

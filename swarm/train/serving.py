@@ -79,7 +79,8 @@ async def serve(
         network.peer_id, link_calls, work, compute,
         Router(clock=asyncio.get_running_loop().time, rng=random.Random()),
         shape=Shape(run.fragments, config.hidden_size, config.vocab_size), first=first, end=end,
-        max_in_flight=in_flight, holders=lambda: calls.holders(network.directory.alive()), bits=bits, back_bits=bits, is_ready=is_ready,
+        max_in_flight=in_flight, holders=lambda: calls.holders(network.directory.alive()), bits=bits, back_bits=bits,
+        is_ready=is_ready,
     )
     origin = None
     if stream is not None:

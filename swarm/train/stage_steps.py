@@ -20,7 +20,7 @@ class StageSteps:
 
     def __init__(
         self, run: RunConfig, inner: InnerOptimizer, compute: StageCompute, averager: Averager, *,
-        announce: Callable[[], object],
+        announce: Callable[[], object] = lambda: None,
     ) -> None:
         """`announce`: says to the others that there is something to average (`sync` runs: they wait for it)."""
         self._run, self._inner, self._compute, self._averager = run, inner, compute, averager

@@ -63,6 +63,18 @@ def bench(folder: Path, *arguments: str) -> tuple[dict[str, Any], str]:
     return row, text
 
 
+def pipeline(folder: Path, part: str) -> tuple[list[dict[str, Any]], str]:
+    """(rows of that part's table, all that was printed)"""
+    process = start(folder, "pipeline", "--quick", "--part", part)
+    try:
+        text, errors = process.communicate(timeout=LIMIT_S)
+    finally:
+        process.terminate()
+        process.wait(END_S)
+    assert process.returncode == 0, errors
+    return json.loads((folder / "out.json").read_text())["result"][part]["rows"], text
+
+
 def test_wan(folder: Path) -> None:
     row, text = bench(folder, "wan", "--quick")
     assert 0.1 < row["efficiency"]["median"] < 1.5
@@ -83,6 +95,31 @@ def test_churn(folder: Path) -> None:
     assert row["counted_twice_tokens"]["max"] == 0
     assert row["num_ended_by_themselves"]["max"] == 0
     assert 0.5 < row["participation"]["min"] <= 1
+
+
+def test_a_pipeline_against_a_hub(folder: Path) -> None:
+    rows, text = pipeline(folder, "speed")
+    chain, hub = rows
+    assert (chain["case"], hub["case"]) == ("chain", "hub")
+    for row in rows:
+        assert not row["failures"] and 0.1 < row["share"]["median"] < 1.1
+        assert row["tokens_per_s"]["median"] == pytest.approx(
+            row["share"]["median"] * row["bound_tokens_per_s"]["median"], rel=1e-3
+        )
+    # an activation in int8 is 1.06 MB; between two stages one goes up and its gradient comes down. As much as is under
+    # way when the window begins and ends is counted for its neighbours
+    assert 1.5e6 < chain["up_bytes_per_microbatch"]["median"] < 3.5e6
+    assert 4e6 < hub["up_bytes_per_microbatch"]["median"] < 8e6
+    assert "| yardstick | chain | 2 | " in text and "chain is " in text
+
+
+def test_a_pipeline_whose_holders_are_killed(folder: Path) -> None:
+    (row,), text = pipeline(folder, "churn")
+    assert row["kills"] >= 1 and not row["ended_by_themselves"]
+    assert row["calm_tokens_per_s"] > 100 and row["stormy_tokens_per_s"] > 0
+    assert min(row["done_tokens"]) > 0
+    assert max(row["lost_tokens"]) == max(row["twice_tokens"]) == 0
+    assert "| home-100 | 3 | " in text
 
 
 def test_one_that_is_stopped_leaves_nothing(folder: Path) -> None:

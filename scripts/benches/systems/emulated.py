@@ -1,0 +1,108 @@
+"""Computing of a given speed, on machines that are not there: sleeps in place of a stage's forward and backward.
+
+On a box with two cores four peers cannot compute at once as four home GPUs do. `Padded` computes for real and then
+sleeps until the given time is over, where that is longer; `Emulated` computes nothing and sleeps, so that activations
+can be as wide as those of a model that no two cores could run. Everything else is the product's.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from swarm.model.fragments import FragmentSpec
+from swarm.model.stage import Stage
+from swarm.pipeline.compute import StageCompute, _Pending
+
+
+@dataclass(frozen=True)
+class Times:
+    """of a microbatch, a fragment"""
+
+    forward_s: float
+    backward_s: float
+
+
+class Padded(StageCompute):
+    """Real computing that takes at least as long as `times` say."""
+
+    times = Times(0.0, 0.0)
+
+    def forward(
+        self, key: Hashable, values: torch.Tensor, *, start: int, end: int, tokens: int, keep: bool = True
+    ) -> torch.Tensor:
+        until = time.monotonic() + self.times.forward_s * (end - start)
+        left = super().forward(key, values, start=start, end=end, tokens=tokens, keep=keep)
+        sleep_until(until)
+        return left
+
+    def loss(
+        self, key: Hashable, values: torch.Tensor, targets: torch.Tensor, *, start: int, end: int, keep: bool = True
+    ) -> tuple[float, torch.Tensor | None]:
+        """Calls `backward`, whose time is counted there."""
+        until = time.monotonic() + (self.times.forward_s + self.times.backward_s * keep) * (end - start)
+        found = super().loss(key, values, targets, start=start, end=end, keep=keep)
+        sleep_until(until)
+        return found
+
+    def backward(self, key: Hashable, gradient: torch.Tensor | None) -> torch.Tensor | None:
+        graph = self._graphs[key]
+        until = time.monotonic() + self.times.backward_s * (graph.end - graph.start)
+        found = super().backward(key, gradient)
+        if gradient is not None:
+            sleep_until(until)
+        return found
+
+
+class Emulated(StageCompute):
+    """No computing: hidden states are passed on as they come, gradients too, and the loss is 1."""
+
+    times = Times(0.0, 0.0)
+
+    def __init__(
+        self, stage: Stage, fragments: Mapping[int, FragmentSpec], parameters: Mapping[str, torch.nn.Parameter]
+    ) -> None:
+        super().__init__(stage, fragments, parameters)
+        self._hidden = stage.model.config.get_text_config().hidden_size
+        self._under_way: dict[Hashable, tuple[int, int, int]] = {}
+        self._noise: dict[tuple[int, ...], torch.Tensor] = {}
+
+    @property
+    def in_flight(self) -> int:
+        return len(self._under_way) + len(self._pending)
+
+    def forward(
+        self, key: Hashable, values: torch.Tensor, *, start: int, end: int, tokens: int, keep: bool = True
+    ) -> torch.Tensor:
+        time.sleep(self.times.forward_s * (end - start))
+        if keep:
+            self._under_way[key] = start, end, tokens
+        return values if start else self._embedded(tuple(values.shape))
+
+    def loss(
+        self, key: Hashable, values: torch.Tensor, targets: torch.Tensor, *, start: int, end: int, keep: bool = True
+    ) -> tuple[float, torch.Tensor | None]:
+        left = self.forward(key, values, start=start, end=end, tokens=targets.numel(), keep=keep)
+        return 1.0, self.backward(key, left) if keep else None
+
+    def backward(self, key: Hashable, gradient: torch.Tensor | None) -> torch.Tensor | None:
+        start, end, tokens = self._under_way.pop(key)
+        time.sleep(self.times.backward_s * (end - start))
+        self._pending[key] = _Pending(tokens, {fragment: {} for fragment in range(start, end)})
+        return gradient if start else None
+
+    def forget(self, key: Hashable) -> None:
+        self._pending.pop(key, None)
+        self._under_way.pop(key, None)
+
+    def _embedded(self, shape: tuple[int, ...]) -> torch.Tensor:
+        if shape not in self._noise:
+            self._noise[shape] = torch.randn(*shape, self._hidden, generator=torch.Generator().manual_seed(0))
+        return self._noise[shape]
+
+
+def sleep_until(at: float) -> None:
+    time.sleep(max(0.0, at - time.monotonic()))

@@ -1,0 +1,107 @@
+"""The peers of `bench.py pipeline` as real processes on loopback: the chain and the hub do what their books say."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from swarm.config import load_run
+from tests.swarm.support import GPTJ, wait_until, write_run
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
+from benches.systems import Setup
+from benches.systems.stages import Stages, StageSpec
+
+ROOT = Path(__file__).parents[2]
+LIMIT_S = 100
+SERVICE_S = 0.02
+
+
+class Process:
+    def __init__(self, argv: list[str], errors: Path) -> None:
+        with errors.open("w") as stderr:
+            self.process = subprocess.Popen(
+                argv, stdout=subprocess.PIPE, stderr=stderr, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
+            )
+        self.lines: list[dict[str, Any]] = []
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.lines.append(json.loads(line))
+
+    def of(self, event: str) -> list[dict[str, Any]]:
+        return [line for line in list(self.lines) if line["event"] == event]
+
+
+@contextlib.contextmanager
+def swarm(tmp_path: Path, system: Stages) -> Iterator[list[Process]]:
+    run = write_run(tmp_path, fragments=3, model={"config": {**GPTJ, "n_layer": 3}})
+    setup = Setup(run, len(system.specs), None, tmp_path / "swarm", seed=3)
+    setup.folder.mkdir()
+    peers: list[Process] = []
+    try:
+        for number in range(setup.num_peers):
+            join = peers[0].of("ready")[0]["maddrs"] if peers else []
+            argv = system.command(setup, number, ["127.0.0.1"] * setup.num_peers, join)
+            peers.append(Process(argv, tmp_path / f"stderr-{number}"))
+            wait_until(lambda: bool(peers[-1].of("ready")), timeout_s=LIMIT_S, what=f"peer {number} to be ready")
+        yield peers
+        for peer in peers:
+            peer.process.send_signal(signal.SIGTERM)
+        for peer in peers:
+            assert peer.process.wait(LIMIT_S) == 0
+    finally:
+        for peer in peers:
+            peer.process.kill()
+            peer.process.wait()
+
+
+def specs(*parts: tuple[int, int]) -> list[StageSpec]:
+    return [StageSpec(part, SERVICE_S * (part[1] - part[0])) for part in parts]
+
+
+@pytest.mark.parametrize("emulate", [False, True])
+def test_what_an_origin_says_is_done_is_added_up_once_by_each_peer_of_the_path(tmp_path: Path, emulate: bool) -> None:
+    with swarm(tmp_path, Stages(specs((0, 1), (1, 3)), emulate=emulate)) as peers:
+        wait_until(lambda: len(peers[0].of("done")) >= 12, timeout_s=LIMIT_S, what="microbatches")
+    first, second = (peer.of("ready")[0]["peer_id"] for peer in peers)
+    done = peers[0].of("done")
+    assert all(line["path"] == [[first, 0, 1], [second, 1, 3]] for line in done)
+    committed = Counter(
+        (line["origin"], line["number"], line["start"], line["end"])
+        for peer in peers for line in peer.of("committed")
+    )
+    assert committed == Counter((first, line["number"], a, b) for line in done for _, a, b in line["path"])
+    # one stage computes at a time what it is given, and a microbatch takes it no less than the time that was set
+    times = [line["at"] for line in peers[1].of("committed")]
+    assert times[-1] - times[0] >= (len(times) - 10) * 2 * SERVICE_S, "no faster than its slowest stage"
+    losses = [line["loss"] for line in peers[0].of("progress")]
+    assert all(loss == 1.0 for loss in losses) == emulate
+
+
+def test_a_hub_drives_each_stage_itself_and_tries_several_numbers_in_flight(tmp_path: Path) -> None:
+    system = Stages(specs((0, 1), (1, 2), (2, 3)), emulate=True, hub=[2, 5], each_s=2.0)
+    with swarm(tmp_path, system) as peers:
+        wait_until(lambda: {line["credit"] for line in peers[0].of("done")} == {2, 5}, timeout_s=LIMIT_S, what="both")
+        began = time.monotonic()
+        wait_until(lambda: peers[0].of("done")[-1]["at"] > began, timeout_s=LIMIT_S, what="more of them")
+        links = [peer.of("progress")[-1] for peer in peers]
+    run = load_run(tmp_path / "run.yaml")
+    activation = run.train.sequence_length * 48  # of one sequence, a byte a value
+    assert links[0]["bytes_sent"] > 6 * activation * 10, "three ways up for each of two other stages"
+    assert links[1]["bytes_sent"] < links[0]["bytes_sent"] / 2
+    assert not peers[1].of("done") and not peers[2].of("done")
