@@ -29,7 +29,7 @@ from swarm.train.stage_steps import StageSteps
 
 PIECES = 4
 """microbatches in the batch of one inner step"""
-CREDIT = 16
+CREDIT = 32
 """own microbatches under way, at most"""
 NUMBERS_A_MS = 1000
 """microbatches are numbered from the clock on, so that a peer that starts again uses none twice"""
