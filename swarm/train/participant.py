@@ -27,7 +27,7 @@ from swarm.data.sources import documents
 from swarm.data.stream import PackedStream, tokenise
 from swarm.data.tokenizer import load_tokenizer
 from swarm.errors import HomeError, NetworkError, SwarmError
-from swarm.events import Bus, Check, Progress, Ready, Warning
+from swarm.events import Bus, Check, Ready, Warning
 from swarm.host.device import choose_device
 from swarm.host.home import Home
 from swarm.network import join
@@ -35,8 +35,8 @@ from swarm.network.keys import Keypair, friendly_name
 from swarm.network.maddr import join_command
 from swarm.network.network import Network
 from swarm.network.reachability import PUBLIC
-from swarm.network.records import Head, Status
-from swarm.train import checkpoint, run_source
+from swarm.network.records import Status
+from swarm.train import checkpoint, handover, report, run_source
 from swarm.train.arrival import Arrival
 from swarm.train.boundary import Boundary
 from swarm.train.checkpoint import Checkpoint
@@ -49,12 +49,7 @@ from swarm.train.trainer import Trainer, limit_threads
 
 PROGRESS_S = 1.0
 CHECKPOINT_S = 60.0
-SETTLE_S = 30.0
-HAND_OVER_S = 20.0
-"""others that leave as well may still have microbatches under way"""
 LOOK_AGAIN_S = 15.0
-LINGER_S = 1.0
-"""others that reach the same end notice it a moment later"""
 
 log = logging.getLogger(__name__)
 
@@ -291,7 +286,6 @@ class Participant:
             await asyncio.sleep(PROGRESS_S)
             try:
                 self._emit_progress()
-                self._tell_gaps()
             except Exception:  # a line on the screen is not worth the checkpoints that come after it here
                 log.exception("cannot tell the progress")
             if loop.time() - looked > LOOK_AGAIN_S:
@@ -309,35 +303,17 @@ class Participant:
                 await asyncio.to_thread(self.write_checkpoint)
 
     def _emit_progress(self) -> None:
-        trainer, averager, endpoint = self.trainer, self.averager, self.network.endpoint
-        others = self.network.directory.alive().values()
-        known = [status.loss for status in others if status.loss is not None]
-        loss = trainer.loss if trainer and trainer.loss is not None else (sum(known) / len(known) if known else None)
-        if loss is None:
-            return
-        self.bus.emit(Progress(
-            tokens=trainer.tokens if trainer else 0, swarm_tokens=self.swarm_tokens(), loss=round(loss, 4),
-            tokens_per_s=round((trainer.tokens_per_s if trainer else 0.0) + sum(s.tokens_per_s for s in others), 1),
-            peers=len(others) + 1, versions=[s.version for s in averager.states()] if averager else [],
-            fragments=averager.held() if averager else [],
-            bytes_sent=endpoint.bytes_sent, bytes_received=endpoint.bytes_received,
-        ))
-
-    def _tell_gaps(self) -> None:
-        """Somebody must hold each fragment, or microbatches wait; said when it changes."""
-        if self.averager is None or not self.averager.serving:
-            return
-        held = set(self.averager.held())
-        for status in self.network.directory.alive().values():
-            held |= status.held().keys()
-        gaps = sorted(set(range(self.run.fragments)) - held)
-        if gaps != self._gaps:
-            self._gaps = gaps
-            names = ", ".join(map(str, gaps))
-            self.bus.emit(Warning(
-                f"nobody here holds fragment {names}: microbatches wait for a peer that does (--fragments A:B)"
-                if gaps else "every fragment has somebody who holds it"
-            ))
+        others = self.network.directory.alive()
+        event = report.progress(
+            self.trainer, self.averager, others.values(), self.network.endpoint, swarm_tokens=self.swarm_tokens()
+        )
+        if event is not None:
+            self.bus.emit(event)
+        if self.averager is not None and self.averager.serving:
+            missing = report.gaps(self.run.fragments, self.averager.held(), others)
+            if missing != self._gaps:
+                self._gaps = missing
+                self.bus.emit(report.gap_warning(missing))
 
     def write_checkpoint(self) -> None:
         """Save the global state as it is now; a full disk is a warning, and training goes on."""
@@ -359,37 +335,18 @@ class Participant:
         """Finish: the contribution at hand goes into a round, state is handed over, a checkpoint is written."""
         self._leaving = True
         if self.trainer is not None:
-            self.network.run(self._say_so())  # others send what they have elsewhere from now on
+            self.network.run(handover.tell_all(self.network.directory))  # others send elsewhere from now on
             self.trainer.stop()
             self._stopped = True
         if self.averager is not None:
             self.averager.leaving = True
-            lost = self.network.run(self._settle())
+            lost = self.network.run(handover.hand_over(self.averager, self.network.directory))
             if lost:
-                self.bus.emit(Warning(f"{lost} tokens of this peer did not get into a round within {SETTLE_S:.0f} s"))
+                limit_s = handover.SETTLE_S
+                self.bus.emit(Warning(f"{lost} tokens of this peer did not get into a round within {limit_s:.0f} s"))
             self.write_checkpoint()
         with contextlib.suppress(Exception):
             self._emit_progress()
-
-    async def _say_so(self) -> None:
-        directory = self.network.directory
-        await asyncio.gather(*(directory.tell(peer_id) for peer_id in directory.alive()))
-
-    async def _settle(self) -> int:
-        """Returns the tokens that stay behind."""
-        averager, directory = self.averager, self.network.directory
-        assert averager is not None
-        await directory.tell_all()
-        await averager.settle(deadline_s=SETTLE_S)
-        loop = asyncio.get_running_loop()
-        soonest, deadline = loop.time() + LINGER_S, loop.time() + HAND_OVER_S
-        while directory.alive() and loop.time() < deadline:
-            await asyncio.gather(*(directory.tell(peer_id) for peer_id in directory.alive()))
-            needed = any(_needs_us(status, averager.heads()) for status in directory.alive().values())
-            if loop.time() >= soonest and not needed:
-                break
-            await asyncio.sleep(0.3)
-        return max(averager.pending(), default=0)
 
     def close(self) -> None:
         """End everything, from any state; nothing is left behind. Safe to call twice."""
@@ -405,20 +362,6 @@ class Participant:
 
     def _check(self, name: str, text: str, began: float) -> None:
         self.bus.emit(Check(name, text, round(time.monotonic() - began, 1)))
-
-
-def _needs_us(status: Status, heads: list[Head | None]) -> bool:
-    """Of the fragments that both hold: somebody lacks a round that we are part of, or leaves as well and has not
-    finished (trains what is under way, has something pending), or has finished a round that we lack: stay a moment
-    longer. Peers that leave together, as at the end of a run, end with the same weights."""
-    both = [
-        (theirs.tokens, ours.tokens, pending)
-        for theirs, ours, pending in zip(status.heads, heads, status.pending, strict=False)
-        if theirs is not None and ours is not None
-    ]
-    behind, ahead = any(theirs < ours for theirs, ours, _ in both), any(theirs > ours for theirs, ours, _ in both)
-    busy = any(pending for _, _, pending in both) or (bool(both) and status.tokens_per_s > 0)
-    return behind or (status.leaving and (ahead or busy))
 
 
 def _count(number: int, what: str) -> str:

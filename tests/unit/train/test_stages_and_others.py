@@ -6,7 +6,7 @@ import pytest
 
 from swarm.network.records import Head, Status
 from swarm.train.arrival import covers
-from swarm.train.participant import _needs_us
+from swarm.train.handover import needs_us
 
 
 def head(tokens: int | None) -> Head | None:
@@ -39,7 +39,7 @@ def ours(*tokens: int | None) -> list[Head | None]:
     (status(10, 20, leaving=True, pending=(0, 5)), True), (status(10, 20, pending=(0, 5)), False), (status(), False),
 ])
 def test_a_whole_peer_stays_for_those_who_lack_or_finish_something(theirs: Status, needed: bool) -> None:
-    assert _needs_us(theirs, ours(10, 20)) is needed
+    assert needs_us(theirs, ours(10, 20)) is needed
 
 
 @pytest.mark.parametrize(("theirs", "needed"), [
@@ -48,4 +48,4 @@ def test_a_whole_peer_stays_for_those_who_lack_or_finish_something(theirs: Statu
     (status(10, 5, leaving=True, pending=(3, 0)), True), (status(None, None), False),
 ])
 def test_fragments_that_either_does_not_hold_keep_nobody(theirs: Status, needed: bool) -> None:
-    assert _needs_us(theirs, ours(10, None)) is needed
+    assert needs_us(theirs, ours(10, None)) is needed
