@@ -12,7 +12,6 @@ import concurrent.futures
 import contextlib
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
 
 import torch
@@ -21,8 +20,9 @@ from swarm.averaging.averager import Averager
 from swarm.config import RunConfig
 from swarm.data.stream import PackedStream
 from swarm.network.network import Network
+from swarm.train.metered import Metered
 from swarm.train.serving import Serving, microbatch_sequences
-from swarm.train.trainer import RECENT_STEPS, SPEED_WINDOW_S, give_way
+from swarm.train.trainer import give_way
 
 WAIT_S = 0.01
 """rounds wait at most this long for an idle training thread to let them at the weights"""
@@ -33,19 +33,18 @@ QUIET_S = 1.5
 FORGET_EVERY_S = 10.0
 
 
-class StageTrainer:
+class StageTrainer(Metered):
     """Has the same face as `Trainer`. `stream`: where this peer holds the first fragment."""
 
     def __init__(
         self, run: RunConfig, serving: Serving, averager: Averager, network: Network, *, stream: PackedStream | None
     ) -> None:
+        super().__init__()
         self.error: BaseException | None = None
         self.on_step: Callable[[float, int], None] = lambda loss, tokens: None
         """called with loss and tokens of each microbatch of its own that is done"""
         self._run, self._serving, self._averager, self._network = run, serving, averager, network
         self._stream = stream
-        self._losses: deque[float] = deque(maxlen=RECENT_STEPS)
-        self._times: deque[tuple[float, float]] = deque([(time.monotonic(), 0.0)])
         self._settled_by = float("inf")
         self._worked_at = 0.0
         self._leave, self._stop = threading.Event(), threading.Event()
@@ -79,17 +78,6 @@ class StageTrainer:
         """trained since this peer started; with a part of the model, that part of each token"""
         return round(self._serving.steps.shares)
 
-    @property
-    def loss(self) -> float | None:
-        """Mean of its own recent microbatches, nats a token; None where it draws none."""
-        losses = list(self._losses)
-        return sum(losses) / len(losses) if losses else None
-
-    @property
-    def tokens_per_s(self) -> float:
-        (began, before), (now, tokens) = self._times[0], self._times[-1]
-        return (tokens - before) / (now - began) if now > began else 0.0
-
     def done(self, loss: float, tokens: int) -> None:
         """A microbatch of its own is done everywhere."""
         self._losses.append(loss)
@@ -121,11 +109,7 @@ class StageTrainer:
 
     def _committed(self) -> None:
         self._serving.steps.take_due()
-        now = time.monotonic()
-        self._times.append((now, self._serving.steps.shares))
-        while len(self._times) > 2 and now - self._times[0][0] > SPEED_WINDOW_S:
-            self._times.popleft()
-        self._averager.tokens_per_s = self.tokens_per_s
+        self._averager.tokens_per_s = self._note(self._serving.steps.shares)
 
     # -- on the network's thread ------------------------------------------------------------------------------------
 

@@ -10,7 +10,6 @@ import os
 import sys
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
 
 import torch
@@ -22,10 +21,9 @@ from swarm.data.stream import PackedStream
 from swarm.network.network import Network
 from swarm.train.boundary import Boundary
 from swarm.train.inner import InnerOptimizer
+from swarm.train.metered import Metered
 from swarm.train.serving import Serving
 
-SPEED_WINDOW_S = 20.0
-RECENT_STEPS = 50
 SYNC_POLL_S = 0.05
 SETTLE_S = 15.0
 """when leaving: until the origins of microbatches that were done here have spoken"""
@@ -33,11 +31,12 @@ NICENESS = 10
 SWITCH_S = 0.001
 
 
-class Trainer:
+class Trainer(Metered):
     def __init__(
         self, run: RunConfig, inner: InnerOptimizer, stream: PackedStream, averager: Averager, network: Network,
         boundary: Boundary, serving: Serving,
     ) -> None:
+        super().__init__()
         self.tokens = 0
         """trained since this peer started"""
         self.error: BaseException | None = None
@@ -45,8 +44,6 @@ class Trainer:
         """called after each inner step with its loss and tokens, on the training thread"""
         self._run, self._inner, self._stream = run, inner, stream
         self._averager, self._network, self._boundary, self._serving = averager, network, boundary, serving
-        self._losses: deque[float] = deque(maxlen=RECENT_STEPS)
-        self._times: deque[tuple[float, int]] = deque([(time.monotonic(), 0)])
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._train, name="training", daemon=True)
 
@@ -59,17 +56,6 @@ class Trainer:
         self._stop.set()
         if self._thread.is_alive():
             self._thread.join()
-
-    @property
-    def loss(self) -> float | None:
-        """Mean of the recent inner steps, nats a token."""
-        losses = list(self._losses)
-        return sum(losses) / len(losses) if losses else None
-
-    @property
-    def tokens_per_s(self) -> float:
-        (began, before), (now, tokens) = self._times[0], self._times[-1]
-        return (tokens - before) / (now - began) if now > began else 0.0
 
     def _train(self) -> None:
         give_way()
@@ -109,7 +95,7 @@ class Trainer:
             self._averager.trained(tokens)
         self.tokens += tokens
         self._losses.append(loss)
-        self._measure()
+        self._averager.tokens_per_s = self._note(self.tokens)
         self.on_step(loss, tokens)
         if self._run.averaging.mode == "sync":
             self._wait_for_round()
@@ -122,13 +108,6 @@ class Trainer:
         while any(self._averager.pending()) and not self._stop.is_set() and time.monotonic() < deadline:
             self._boundary.pass_by(wait_s=SYNC_POLL_S)
             self._serving.pause()
-
-    def _measure(self) -> None:
-        now = time.monotonic()
-        self._times.append((now, self.tokens))
-        while len(self._times) > 2 and now - self._times[0][0] > SPEED_WINDOW_S:
-            self._times.popleft()
-        self._averager.tokens_per_s = self.tokens_per_s
 
 
 def give_way() -> None:

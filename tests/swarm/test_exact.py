@@ -18,6 +18,8 @@ from tests.swarm.support import GPTJ, peers_in_process, wait_until, write_run
 
 STEPS = 12
 BATCH_TOKENS = 4 * 32
+Together = tuple[dict[str, list[float]], RunConfig, list[list[tuple[int, str]]]]
+"""losses of each that draws text, the run, heads of all"""
 
 
 def one_process(run: RunConfig, readers: list[str]) -> dict[str, list[float]]:
@@ -50,77 +52,19 @@ def one_process(run: RunConfig, readers: list[str]) -> dict[str, list[float]]:
     return losses
 
 
-@pytest.mark.parametrize("num_peers", [3])
-def test_a_sync_swarm_equals_one_process(tmp_path: Path, num_peers: int) -> None:
+def train_together(folder: Path, run_file: Path, stages: list[str]) -> Together:
+    """Real peers with these fragments ("auto": all) for `STEPS` steps of each that draws text."""
     torch.set_num_threads(1)
-    run_file = write_run(
-        tmp_path,
-        averaging={"mode": "sync", "bits": 32, "tokens_per_round": num_peers * BATCH_TOKENS, "max_round_s": 60.0},
-        train={"clip_norm": 0.0, "total_tokens": 10_000},
-    )
     losses: dict[str, list[float]] = {}
     with peers_in_process() as make:
-        peers = [make(tmp_path / "peer-0", new_swarm=True, run=str(run_file))]
-        peers[0].participant.join()
-        for number in range(1, num_peers):
-            peers.append(make(tmp_path / f"peer-{number}", initial_peers=peers[0].maddrs))
-            peers[-1].participant.join()
-        enough = threading.Event()
-        for peer in peers:
-            mine = losses.setdefault(peer.participant.network.peer_id, [])
-
-            def on_step(loss: float, tokens: int, mine: list[float] = mine) -> None:
-                mine.append(loss)
-                if min(map(len, losses.values())) >= STEPS:
-                    enough.set()
-
-            peer.participant.on_step = on_step
-            peer.participant.take_part()
-        wait_until(
-            lambda: all(
-                sum(bool(s.heads) for s in p.participant.network.directory.alive().values()) == num_peers - 1
-                for p in peers
-            ),
-            timeout_s=30, what="everybody to know everybody",
-        )
-        for peer in peers:
-            peer.participant.train()
-        assert enough.wait(120), f"steps done: { {key[-4:]: len(value) for key, value in losses.items()} }"
-        run = peers[0].participant.run
-        heads = [peer.heads() for peer in peers]
-    reference = one_process(run, list(losses))
-    assert heads[0][0][0] >= STEPS - 1
-    for reader, expected in reference.items():
-        assert losses[reader][:STEPS] == pytest.approx(expected, abs=1e-5), f"reader {reader[-4:]}"
-    first = [losses[reader][0] for reader in losses]
-    last = [losses[reader][STEPS - 1] for reader in losses]
-    assert max(last) < min(first) - 0.1, "the weights really changed"
-
-
-STAGES = [["0:1", "1:2", "2:3", "3:4"], ["0:2", "1:3", "2:4"], ["0:1", "0:2", "1:4", "2:4"], ["0:2", "auto"]]
-
-
-@pytest.mark.parametrize("stages", STAGES, ids=" ".join)
-def test_a_model_in_stages_equals_one_process(tmp_path: Path, stages: list[str]) -> None:
-    """Four stages, stages that overlap, several peers that draw text; all other cuts are in
-    tests/unit/pipeline/test_real_stages.py."""
-    torch.set_num_threads(1)
-    origins = [index for index, stage in enumerate(stages) if stage == "auto" or stage.startswith("0:")]
-    run_file = write_run(
-        tmp_path, fragments=4, model={"config": {**GPTJ, "n_layer": 4}},
-        averaging={"mode": "sync", "bits": 32, "tokens_per_round": len(origins) * BATCH_TOKENS, "max_round_s": 60.0},
-        train={"clip_norm": 0.0, "total_tokens": 10_000},
-    )
-    losses: dict[str, list[float]] = {}
-    with peers_in_process() as make:
-        peers = [make(tmp_path / "peer-0", new_swarm=True, run=str(run_file), fragments=stages[0])]
+        peers = [make(folder / "peer-0", new_swarm=True, run=str(run_file), fragments=stages[0])]
         peers[0].participant.join()
         for number, stage in enumerate(stages[1:], start=1):
-            peers.append(make(tmp_path / f"peer-{number}", initial_peers=peers[0].maddrs, fragments=stage))
+            peers.append(make(folder / f"peer-{number}", initial_peers=peers[0].maddrs, fragments=stage))
             peers[-1].participant.join()
         enough = threading.Event()
-        for index, peer in enumerate(peers):
-            if index in origins:
+        for stage, peer in zip(stages, peers, strict=True):
+            if draws(stage):
                 mine = losses.setdefault(peer.participant.network.peer_id, [])
 
                 def on_step(loss: float, tokens: int, mine: list[float] = mine) -> None:
@@ -140,6 +84,43 @@ def test_a_model_in_stages_equals_one_process(tmp_path: Path, stages: list[str])
         for peer in reversed(peers):
             peer.participant.train()
         assert enough.wait(120), f"steps done: { {key[-4:]: len(value) for key, value in losses.items()} }"
-        run = peers[0].participant.run
+        return losses, peers[0].participant.run, [peer.heads() for peer in peers]
+
+
+def draws(stage: str) -> bool:
+    return stage == "auto" or stage.startswith("0:")
+
+
+def as_one_process(losses: dict[str, list[float]], run: RunConfig) -> None:
     for reader, expected in one_process(run, list(losses)).items():
         assert losses[reader][:STEPS] == pytest.approx(expected, abs=1e-5), f"reader {reader[-4:]}"
+
+
+def sync_run(folder: Path, stages: list[str], **changes: object) -> Path:
+    tokens = sum(map(draws, stages)) * BATCH_TOKENS
+    return write_run(
+        folder, averaging={"mode": "sync", "bits": 32, "tokens_per_round": tokens, "max_round_s": 60.0},
+        train={"clip_norm": 0.0, "total_tokens": 10_000}, **changes,
+    )
+
+
+def test_a_sync_swarm_equals_one_process(tmp_path: Path) -> None:
+    whole = ["auto"] * 3
+    losses, run, heads = train_together(tmp_path, sync_run(tmp_path, whole), whole)
+    assert heads[0][0][0] >= STEPS - 1
+    as_one_process(losses, run)
+    first = [losses[reader][0] for reader in losses]
+    last = [losses[reader][STEPS - 1] for reader in losses]
+    assert max(last) < min(first) - 0.1, "the weights really changed"
+
+
+STAGES = [["0:1", "1:2", "2:3", "3:4"], ["0:2", "1:3", "2:4"], ["0:1", "0:2", "1:4", "2:4"], ["0:2", "auto"]]
+
+
+@pytest.mark.parametrize("stages", STAGES, ids=" ".join)
+def test_a_model_in_stages_equals_one_process(tmp_path: Path, stages: list[str]) -> None:
+    """Four stages, stages that overlap, several peers that draw text; all other cuts are in
+    tests/unit/pipeline/test_real_stages.py."""
+    run_file = sync_run(tmp_path, stages, fragments=4, model={"config": {**GPTJ, "n_layer": 4}})
+    losses, run, _ = train_together(tmp_path, run_file, stages)
+    as_one_process(losses, run)
