@@ -99,6 +99,8 @@ def test_a_hub_drives_each_stage_itself_and_tries_several_numbers_in_flight(tmp_
         wait_until(lambda: {line["credit"] for line in peers[0].of("done")} == {2, 5}, timeout_s=LIMIT_S, what="both")
         began = time.monotonic()
         wait_until(lambda: peers[0].of("done")[-1]["at"] > began, timeout_s=LIMIT_S, what="more of them")
+        # peers that draw no text speak of progress once they have heard a loss
+        wait_until(lambda: all(peer.of("progress") for peer in peers), timeout_s=LIMIT_S, what="progress of all")
         links = [peer.of("progress")[-1] for peer in peers]
     run = load_run(tmp_path / "run.yaml")
     activation = run.train.sequence_length * 48  # of one sequence, a byte a value
