@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from swarm.errors import PeerRefused
 from swarm.network import records
 from swarm.network.directory import Directory
 from swarm.network.endpoint import Endpoint
@@ -60,15 +59,6 @@ def serve(chain: Chain, endpoint: Endpoint) -> None:
     endpoint.on("working", on_working)
     endpoint.on("withdrawn", on_withdrawn)
     endpoint.on("verdicts", on_verdicts)
-
-
-def refuse(endpoint: Endpoint) -> None:
-    """This peer takes no microbatches (any more)."""
-
-    async def no(link: Link, header: dict[str, Any], body: bytes) -> Answer:
-        raise PeerRefused("this peer takes no microbatches")
-
-    endpoint.on("microbatch", no, max_body=MAX_BODY_BYTES)
 
 
 def holders(alive: Mapping[str, Status]) -> list[Holder]:

@@ -40,7 +40,7 @@ from swarm.network import records
 from swarm.network.link import Answer, Link
 from swarm.pipeline import wire
 from swarm.pipeline.compute import StageCompute
-from swarm.pipeline.messages import Gradient, Hop, Microbatch, Verdict, Working, below
+from swarm.pipeline.messages import Bits, Gradient, Hop, Microbatch, Verdict, Working, below
 from swarm.pipeline.routing import Holder, Router
 from swarm.pipeline.work import BACKWARD, FORWARD, OWN, VERDICT, Work
 
@@ -82,6 +82,8 @@ class Shape:
     num_fragments: int
     hidden: int
     vocabulary: int
+    max_tokens: int
+    """of a microbatch: what memory was planned for"""
 
 
 @dataclass
@@ -117,7 +119,7 @@ class Chain:
 
     def __init__(
         self, me: str, calls: Calls, work: Work, compute: StageCompute, router: Router, *, shape: Shape,
-        first: int, end: int, holders: Callable[[], Sequence[Holder]], bits: int = 8, back_bits: int = 8,
+        first: int, end: int, holders: Callable[[], Sequence[Holder]], bits: Bits = 8, back_bits: Bits = 8,
         is_ready: Callable[[int, int, int], bool] = lambda start, end, version: True, max_in_flight: int = 64,
     ) -> None:
         """Fragments [first, end) are held here. `holders`: the other peers that are alive; `is_ready(start, end,
@@ -224,7 +226,10 @@ class Chain:
             raise PeerRefused(f"fragment {microbatch.start} is not held here")
         if (microbatch.origin, microbatch.number) in self._done:
             raise PeerRefused("that microbatch is done")
-        if microbatch.origin != self._me and self._compute.in_flight >= self._max_in_flight:
+        if microbatch.tokens > self.shape.max_tokens:
+            raise BadMessage(f"a microbatch of {microbatch.tokens} tokens", why=f"the limit is {self.shape.max_tokens}")
+        # those that wait for the processor, for a version or for a verdict, too: each has bytes or gradients here
+        if microbatch.origin != self._me and len(self._entries) >= self._max_in_flight:
             raise PeerRefused(BUSY)
         entry = _Entry(microbatch, asyncio.get_running_loop().time())
         self._entries[microbatch.key] = entry
@@ -424,6 +429,7 @@ class Chain:
             if entry.task is not None and entry.task.done() and now - entry.at > FORGET_S
         ]
         await self._forget(old)
+        self._router.forget([holder.peer_id for holder in self._holders()])
 
     async def _forget(self, keys: list[tuple[str, int, int]]) -> None:
         for key in keys:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -23,7 +23,7 @@ MAX_LENGTH = 2**20
 Number = Annotated[int, Field(ge=0, le=2**53)]
 FragmentIndex = Annotated[int, Field(ge=0, lt=MAX_FRAGMENTS)]
 FragmentEnd = Annotated[int, Field(ge=1, le=MAX_FRAGMENTS)]
-Bits = Annotated[int, Field(ge=4, le=32)]
+Bits = Literal[4, 8, 32]
 Seconds = Annotated[float, Field(ge=0, le=1e6)]
 
 

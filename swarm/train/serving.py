@@ -19,6 +19,7 @@ from swarm.network.network import Network
 from swarm.pipeline import calls
 from swarm.pipeline.chain import Chain, Shape
 from swarm.pipeline.compute import StageCompute
+from swarm.pipeline.messages import Bits
 from swarm.pipeline.origin import Origin
 from swarm.pipeline.routing import Router
 from swarm.pipeline.work import WorkQueue
@@ -31,6 +32,7 @@ PIECES = 4
 """microbatches in the batch of one inner step"""
 CREDIT = 32
 """own microbatches under way, at most"""
+FORGET_EVERY_S = 10.0
 NUMBERS_A_MS = 1000
 """microbatches are numbered from the clock on, so that a peer that starts again uses none twice"""
 
@@ -70,7 +72,8 @@ async def serve(
     boundary.before = compute.before_write
     link_calls = calls.LinkCalls(network.endpoint, network.directory)
     config = held.model.config.get_text_config()
-    bits = 32 if run.averaging.mode == "sync" else 8
+    batch_tokens = run.train.batch_sequences * run.train.sequence_length
+    bits: Bits = 32 if run.averaging.mode == "sync" else 8
 
     def is_ready(start: int, end: int, version: int) -> bool:
         return all(s.version >= version for s in averager.states() if start <= s.fragment < end)
@@ -78,7 +81,7 @@ async def serve(
     chain = Chain(
         network.peer_id, link_calls, work, compute,
         Router(clock=asyncio.get_running_loop().time, rng=random.Random()),
-        shape=Shape(run.fragments, config.hidden_size, config.vocab_size), first=first, end=end,
+        shape=Shape(run.fragments, config.hidden_size, config.vocab_size, batch_tokens), first=first, end=end,
         max_in_flight=in_flight, holders=lambda: calls.holders(network.directory.alive()), bits=bits, back_bits=bits,
         is_ready=is_ready,
     )
@@ -92,7 +95,15 @@ async def serve(
         run, inner, compute, averager, announce=lambda: network.submit(averager.announce())
     )
     calls.serve(chain, network.endpoint)
+    averager.context.spawn(_tidy_forever(chain))  # ends with the averager, as the peer does
     return Serving(work, compute, steps, chain, origin, boundary)
+
+
+async def _tidy_forever(chain: Chain) -> None:
+    """Of whole peers as well: what dead origins have left would fill a peer until it took nothing more."""
+    while True:
+        await asyncio.sleep(FORGET_EVERY_S)
+        await chain.forget_old()
 
 
 def microbatch_sequences(run: RunConfig) -> int:

@@ -30,7 +30,6 @@ SETTLE_S = 15.0
 """when leaving: until the origins of microbatches that were done here have spoken"""
 QUIET_S = 1.5
 """when leaving: others may leave at the same moment and still need this peer for what they have under way"""
-FORGET_EVERY_S = 10.0
 
 
 class StageTrainer(Metered):
@@ -49,14 +48,12 @@ class StageTrainer(Metered):
         self._worked_at = 0.0
         self._leave, self._stop = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._train, name="training", daemon=True)
-        self._tasks: list[concurrent.futures.Future[None]] = []
         self._originating: concurrent.futures.Future[None] | None = None
         serving.chain.on_committed = lambda start, end: self._committed()
 
     def start(self) -> None:
         self._serving.boundary.open()
         self._thread.start()
-        self._tasks = [self._network.submit(self._tidy_forever())]
         if self._serving.origin is not None:
             self._originating = self._network.submit(self._originate())
 
@@ -70,8 +67,8 @@ class StageTrainer(Metered):
                     self._originating.result(timeout=SETTLE_S)
             self._stop.set()
             self._thread.join()
-        for task in [*self._tasks, *([self._originating] if self._originating is not None else [])]:
-            task.cancel()
+        if self._originating is not None:
+            self._originating.cancel()
 
     @property
     def tokens(self) -> int:
@@ -129,16 +126,18 @@ class StageTrainer(Metered):
         """`sync`: a batch, then a round of every fragment, again."""
         origin, stream = self._serving.origin, self._stream
         assert origin is not None and stream is not None
+
+        def oldest() -> int:
+            return min(state.version for state in self._averager.states())
+
         while not self._leave.is_set():
             batch = stream.next_batch(self._run.train.batch_sequences)
-            version = min(state.version for state in self._averager.states())
+            version = oldest()
             pieces = list(torch.split(batch, microbatch_sequences(self._run)))
             self.done(await origin.step(pieces, version=version), batch.numel())
             deadline = time.monotonic() + self._run.averaging.max_round_s
-            while any(self._averager.pending()) and time.monotonic() < deadline and not self._leave.is_set():
+            # a fragment held here may have been done by another holder: nothing is pending then, and the step not over
+            while (oldest() <= version or any(self._averager.pending())) and time.monotonic() < deadline:
+                if self._leave.is_set():
+                    break
                 await asyncio.sleep(WAIT_S)
-
-    async def _tidy_forever(self) -> None:
-        while True:
-            await asyncio.sleep(FORGET_EVERY_S)
-            await self._serving.chain.forget_old()

@@ -114,13 +114,13 @@ def test_a_sync_swarm_equals_one_process(tmp_path: Path) -> None:
     assert max(last) < min(first) - 0.1, "the weights really changed"
 
 
-STAGES = [["0:1", "1:2", "2:3", "3:4"], ["0:3", "3:4"]]
+STAGES = [["0:1", "1:2", "2:3", "3:4"], ["0:2", "1:3", "2:4"], ["0:1", "0:2", "1:4", "2:4"], ["0:2", "auto"]]
 
 
 @pytest.mark.parametrize("stages", STAGES, ids=" ".join)
 def test_a_model_in_stages_equals_one_process(tmp_path: Path, stages: list[str]) -> None:
-    """One holder a fragment. All other cuts, and stages that overlap, are in
-    tests/unit/pipeline/test_real_stages.py; several holders in a `sync` run are an open bug (CHANGELOG)."""
+    """Four stages, stages that overlap, several peers that draw text; all other cuts are in
+    tests/unit/pipeline/test_real_stages.py."""
     run_file = sync_run(tmp_path, stages, fragments=4, model={"config": {**GPTJ, "n_layer": 4}})
     losses, run, _ = train_together(tmp_path, run_file, stages)
     as_one_process(losses, run)

@@ -23,7 +23,7 @@ from swarm.pipeline.messages import Microbatch, Verdicts, Working
 from swarm.pipeline.origin import Origin
 from swarm.pipeline.routing import Holder, Router
 from swarm.pipeline.work import Done
-from tests.unit.pipeline.toy import HIDDEN, VOCABULARY, Toy, fragments_of
+from tests.unit.pipeline.toy import HIDDEN, LENGTH, VOCABULARY, Toy, fragments_of
 
 T = TypeVar("T")
 
@@ -98,7 +98,7 @@ class Peer:
         self.router = Router(clock=asyncio.get_running_loop().time, rng=random.Random(name))
         self.chain = Chain(
             self.id, self, self.work, self.compute, self.router, first=first, end=end, holders=self.holders,
-            shape=Shape(world.num_fragments, HIDDEN, VOCABULARY), bits=32, back_bits=32,
+            shape=Shape(world.num_fragments, HIDDEN, VOCABULARY, 10 * LENGTH), bits=32, back_bits=32,
         )
         self.losses: list[float] = []
         self.answering: set[asyncio.Task[Any]] = set()

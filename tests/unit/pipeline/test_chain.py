@@ -255,6 +255,9 @@ def test_strangers_are_refused_before_anything_is_computed() -> None:
         for body in (b"", b"x" * 1000):
             with pytest.raises(BadMessage):
                 await peer.chain.serve(asked, body, asker="B" * 20)
+        for size in ({"sequences": 11}, {"length": 61}, {"sequences": 4096, "length": 2**20}):
+            with pytest.raises(BadMessage, match="a microbatch of"):
+                await peer.chain.serve(asked.model_copy(update=size), b"", asker="B" * 20)
         assert peer.compute.in_flight == 0 and not peer.chain._entries
         peer.chain._max_in_flight = 0
         with pytest.raises(PeerRefused, match=chains.BUSY):

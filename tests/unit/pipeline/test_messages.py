@@ -26,7 +26,8 @@ def test_a_microbatch_is_named_by_origin_number_and_where_it_enters() -> None:
 
 @pytest.mark.parametrize("change", [
     {"origin": "me"}, {"number": -1}, {"number": 1.5}, {"start": 256}, {"sequences": 0}, {"sequences": 4097},
-    {"length": 1}, {"length": 2**20 + 1}, {"bits": 3}, {"bits": 64}, {"version": -1}, {"more": 1}, {"train": 1},
+    {"length": 1}, {"length": 2**20 + 1}, {"bits": 3}, {"bits": 5}, {"back_bits": 16},
+    {"bits": 64}, {"version": -1}, {"more": 1}, {"train": 1},
     {"known": [{"peer_id": B, "start": 0}]}, {"known": None},
 ])
 def test_a_malformed_microbatch_is_refused(change: dict[str, Any]) -> None:
