@@ -178,17 +178,17 @@ class Chain:
                 await self._forget([entry.microbatch.key])
 
     async def judge(self, origin: str, verdicts: Sequence[Verdict]) -> list[int]:
-        """Add up the gradients of microbatches that are done, forget the others; returns the numbers of those that
-        were to be added up and are not here."""
+        """Add up the gradients of microbatches that are done, and forget what else was done of them here; returns the
+        numbers of those that are not here."""
         done: list[tuple[tuple[str, int, int], int]] = []
         missing = []
         for verdict in verdicts:
             key = origin, verdict.number, verdict.start
             entry = self._entries.get(key)
-            if verdict.done and entry is not None and entry.is_answered() and entry.end == verdict.end:
+            if entry is not None and entry.is_answered() and entry.end == verdict.end:
                 done.append((key, verdict.end))
                 del self._entries[key]
-            elif verdict.done and (origin, verdict.number) not in self._done:
+            elif (origin, verdict.number) not in self._done:
                 missing.append(verdict.number)
         settled = {(origin, verdict.number) for verdict in verdicts}
         self._done.update(dict.fromkeys(settled))  # before anything is awaited: the same words may come again

@@ -101,13 +101,11 @@ class Working(Strict):
 
 
 class Verdict(Strict):
-    """From a microbatch's origin to each peer of its path: it is done, add your gradients; or forget it."""
+    """From a microbatch's origin to each peer of its path: it is done, and what you did of it counts."""
 
     number: Number
     start: FragmentIndex
     end: FragmentEnd
-    """0-length is impossible; `end` must be what that peer did"""
-    done: bool
 
 
 class Verdicts(Strict):

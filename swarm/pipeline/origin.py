@@ -125,7 +125,7 @@ class Origin:
         """One peer for each fragment."""
         verdicts: defaultdict[str, list[Verdict]] = defaultdict(list)
         for hop in answer.path:
-            verdicts[hop.peer_id].append(Verdict(number=number, start=hop.start, end=hop.end, done=True))
+            verdicts[hop.peer_id].append(Verdict(number=number, start=hop.start, end=hop.end))
         return verdicts
 
     async def _tell(self, peer_id: str, verdicts: list[Verdict], tokens: int) -> None:

@@ -60,9 +60,9 @@ def test_a_malformed_answer_is_refused(change: dict[str, Any]) -> None:
 
 
 def test_verdicts_come_in_bounded_numbers() -> None:
-    verdict = {"number": 1, "start": 0, "end": 2, "done": True}
+    verdict = {"number": 1, "start": 0, "end": 2}
     assert len(parse(Verdicts, {"verdicts": [verdict] * 256}).verdicts) == 256
-    for wrong in ([], [verdict] * 257, [verdict | {"end": 0}], [verdict | {"done": 1}]):
+    for wrong in ([], [verdict] * 257, [verdict | {"end": 0}], [verdict | {"more": 1}]):
         with pytest.raises(BadMessage, match="malformed Verdicts"):
             parse(Verdicts, {"verdicts": wrong})
 
