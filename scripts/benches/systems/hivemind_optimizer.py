@@ -138,7 +138,7 @@ def product_step(work: Workload, rate: Callable[[], float]) -> Any:
         state = property(lambda self: work.adamw.state)  # type: ignore[assignment]
 
         def step(self, closure: Any = None) -> None:
-            work.inner.step(rate())
+            work.take_step(rate())
 
         def zero_grad(self, set_to_none: bool = True) -> None:
             work.adamw.zero_grad(set_to_none)

@@ -19,6 +19,7 @@ from swarm.data.sources import documents
 from swarm.data.stream import PackedStream, held_out_batches, tokenise
 from swarm.data.tokenizer import load_tokenizer
 from swarm.model.evaluate import held_out_loss
+from swarm.train.adamw import adamw, step
 from swarm.train.inner import InnerOptimizer
 from swarm.train.run_source import hold
 
@@ -44,11 +45,9 @@ class Workload:
         total = self.run.train.total_tokens
         self.end_tokens = total if until_tokens is None else min(total, until_tokens)
         """of the swarm, at which it is done"""
-
-    @property
-    def adamw(self) -> torch.optim.AdamW:
-        """The optimizer inside the inner one: what torchft hooks into and hivemind sends to newcomers."""
-        return self.inner._adamw
+        self.adamw = adamw(list(self.inner.parameters.values()), self.run.train)
+        """one for all fragments: what torchft hooks into and hivemind sends to newcomers"""
+        self._steps = 0
 
     def gradients(self) -> None:
         self.inner.gradients(self._stream.next_batch(self.run.train.batch_sequences))
@@ -59,7 +58,13 @@ class Workload:
     def step(self, swarm_tokens: int) -> None:
         """An inner step like the product's. `swarm_tokens`: what the schedule goes by."""
         self.gradients()
-        self.inner.step(self.rate(swarm_tokens))
+        self.take_step(self.rate(swarm_tokens))
+
+    def take_step(self, learning_rate: float) -> None:
+        """With the gradients at hand."""
+        if self.inner.clip():
+            self._steps += 1
+            step(self.adamw, learning_rate, number=self._steps)
 
     def save(self, file: Path) -> None:
         save_weights(self.model, file)

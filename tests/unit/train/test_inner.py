@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 from swarm.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from swarm.model.build import build_model
 from swarm.model.fragments import cut
-from swarm.train.inner import RAMP_STEPS, InnerOptimizer
+from swarm.train.adamw import RAMP_STEPS
+from swarm.train.inner import InnerOptimizer
 
 GPTJ: dict[str, Any] = {
     "model_type": "gptj", "n_layer": 2, "n_embd": 16, "n_head": 2, "rotary_dim": 4, "n_positions": 64,
@@ -186,3 +187,24 @@ def test_every_parameter_is_trained(model: PreTrainedModel) -> None:
     inner.step(1e-2)
     changed: Callable[[str], bool] = lambda name: not torch.equal(before[name], inner.parameters[name])  # noqa: E731
     assert all(changed(name) for name in before) and inner.parameters.keys() == before.keys()
+
+
+def test_a_fragment_may_come_and_go_between_two_steps(model: PreTrainedModel, original: PreTrainedModel) -> None:
+    """What stays is trained as if nothing had happened; what comes back has lost its moments and starts its ramp."""
+    run = run_with(clip_norm=0.0)
+    first, second = cut(model, 2)
+    inner, reference = InnerOptimizer(model, [first], run), InnerOptimizer(original, cut(original, 2), run)
+    assert inner.parameters.keys() == {tensor.name for tensor in first.tensors}
+    for _ in range(3):
+        gradients = {name: torch.ones_like(p) for name, p in inner.parameters.items()}
+        assert inner.step_fragment(0, gradients, 1e-2) and reference.step_fragment(0, gradients, 1e-2)
+        inner.add(second, dict(model.named_parameters()))
+        later = {tensor.name: torch.ones_like(inner.parameters[tensor.name]) for tensor in second.tensors}
+        before = inner.parameters[second.tensors[0].name].detach().clone()
+        assert inner.step_fragment(1, later, 1e-2)
+        moved = (inner.parameters[second.tensors[0].name] - before).abs().max()
+        assert 0 < float(moved.detach()) < 1.1e-2 / RAMP_STEPS, "each time the first step of the ramp"
+        inner.remove(second)
+    ours, theirs = dict(model.named_parameters()), dict(original.named_parameters())
+    assert all(torch.equal(ours[tensor.name], theirs[tensor.name]) for tensor in first.tensors)
+    assert all(p.grad is None for p in model.parameters()), "gradients are no memory between two steps"
