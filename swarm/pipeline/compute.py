@@ -56,7 +56,7 @@ class StageCompute:
     (yet, or any more)."""
 
     def __init__(
-        self, stage: Stage, fragments: Mapping[int, FragmentSpec], parameters: Mapping[str, torch.nn.Parameter]
+        self, stage: Stage, fragments: dict[int, FragmentSpec], parameters: Mapping[str, torch.nn.Parameter]
     ) -> None:
         """`fragments`: all that are held, by index, with their working weights in `parameters`, by name in the whole
         model. Both may change between two calls."""
