@@ -45,6 +45,8 @@ from swarm.pipeline.routing import Holder, Router
 from swarm.pipeline.work import BACKWARD, FORWARD, OWN, VERDICT, Work
 
 FORGET_S = 120.0
+ORPHAN_S = 10.0
+"""a peer that is alive has told so by then, and an origin speaks within seconds"""
 KEPT_DONE = 4096
 BUSY = "too many microbatches here"
 
@@ -182,7 +184,9 @@ class Chain:
             raise BadMessage(f"a microbatch of {microbatch.tokens} tokens", why=f"the limit is {self.shape.max_tokens}")
         # those that wait for the processor, for a version or for a verdict, too: each has bytes or gradients here
         if microbatch.origin != self._me and len(self._entries) >= self.max_in_flight:
-            raise PeerRefused(BUSY)
+            self._forget_orphans()
+            if len(self._entries) >= self.max_in_flight:
+                raise PeerRefused(BUSY)
         entry = _Entry(microbatch, at=asyncio.get_running_loop().time())
         self._entries[microbatch.key] = entry
         entry.task = asyncio.ensure_future(self._do(entry, read))
@@ -325,6 +329,18 @@ class Chain:
         ]
         await self._forget(old)
         self._router.forget([holder.peer_id for holder in self._holders()])
+
+    def _forget_orphans(self) -> None:
+        """Where there is no room: what waits for the verdict of an origin that is not there any more. In a small peer
+        a few of those would keep everybody else out until `FORGET_S`."""
+        now, there = asyncio.get_running_loop().time(), {holder.peer_id for holder in self._holders()}
+        orphans = [
+            key for key, entry in self._entries.items()
+            if entry.is_answered() and now - entry.at > ORPHAN_S and key[0] not in there and key[0] != self._me
+        ]
+        for key in orphans:
+            del self._entries[key]
+            self._spawn(self._work(lambda key=key: self._compute.forget(key), urgency=VERDICT))  # type: ignore[misc]
 
     async def _forget(self, keys: list[tuple[str, int, int]]) -> None:
         for key in keys:
