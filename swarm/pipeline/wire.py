@@ -11,11 +11,22 @@ from __future__ import annotations
 
 import torch
 
+from swarm.config import RunConfig
 from swarm.errors import BadMessage
 from swarm.network import codec
 from swarm.network.codec import BLOCK
+from swarm.pipeline.messages import Bits
 
 WIDE_VOCABULARY = 2**16
+
+
+def bits_of(run: RunConfig) -> tuple[Bits, Bits]:
+    """(of activations, of the gradients that come back): as the run config says. 4 bits are for activations only, whose
+    errors the next layers' norms and residuals even out; a gradient's go into the weights."""
+    chosen = run.pipeline.activation_bits
+    if run.averaging.mode == "sync" or chosen == 32:
+        return 32, 32
+    return (4 if chosen == 4 else 8), 8
 
 
 def encode_tokens(tokens: torch.Tensor, *, vocabulary: int) -> bytes:

@@ -16,10 +16,9 @@ from swarm.averaging.averager import Averager
 from swarm.config import RunConfig
 from swarm.data.stream import PackedStream
 from swarm.network.network import Network
-from swarm.pipeline import calls
+from swarm.pipeline import calls, wire
 from swarm.pipeline.chain import Chain
 from swarm.pipeline.compute import StageCompute
-from swarm.pipeline.messages import Bits
 from swarm.pipeline.onward import Shape
 from swarm.pipeline.origin import Origin
 from swarm.pipeline.routing import Router
@@ -74,7 +73,7 @@ async def serve(
     link_calls = calls.LinkCalls(network.endpoint, network.directory)
     config = held.model.config.get_text_config()
     batch_tokens = run.train.batch_sequences * run.train.sequence_length
-    bits: Bits = 32 if run.averaging.mode == "sync" else 8
+    bits, back_bits = wire.bits_of(run)
 
     def is_ready(start: int, end: int, version: int) -> bool:
         return all(s.version >= version for s in averager.states() if start <= s.fragment < end)
@@ -83,8 +82,8 @@ async def serve(
         network.peer_id, link_calls, work, compute,
         Router(clock=asyncio.get_running_loop().time, rng=random.Random()),
         shape=Shape(run.fragments, config.hidden_size, config.vocab_size, batch_tokens), first=first, end=end,
-        max_in_flight=in_flight, holders=lambda: calls.holders(network.directory.alive()), bits=bits, back_bits=bits,
-        is_ready=is_ready,
+        max_in_flight=in_flight, holders=lambda: calls.holders(network.directory.alive()), bits=bits,
+        back_bits=back_bits, is_ready=is_ready,
     )
     origin = None
     if stream is not None:

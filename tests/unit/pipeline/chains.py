@@ -19,7 +19,7 @@ from swarm.network import records
 from swarm.network.link import Answer
 from swarm.pipeline.chain import Chain
 from swarm.pipeline.compute import StageCompute
-from swarm.pipeline.messages import Microbatch, Verdicts, Working
+from swarm.pipeline.messages import Bits, Microbatch, Verdicts, Working
 from swarm.pipeline.onward import Shape
 from swarm.pipeline.origin import Origin
 from swarm.pipeline.routing import Holder, Router
@@ -30,8 +30,11 @@ T = TypeVar("T")
 
 
 class World:
-    def __init__(self, num_fragments: int, *, seed: int, delay_s: float = 0.02, twice: float = 0.0) -> None:
-        self.num_fragments, self.dice = num_fragments, random.Random(seed)
+    def __init__(
+        self, num_fragments: int, *, seed: int, delay_s: float = 0.02, twice: float = 0.0, bits: Bits = 32,
+        back_bits: Bits = 32,
+    ) -> None:
+        self.num_fragments, self.dice, self.bits, self.back_bits = num_fragments, random.Random(seed), bits, back_bits
         self.delay_s, self.twice = delay_s, twice
         self.peers: dict[str, Peer] = {}
         self.messages: list[tuple[str, str, str, int]] = []
@@ -99,7 +102,8 @@ class Peer:
         self.router = Router(clock=asyncio.get_running_loop().time, rng=random.Random(name))
         self.chain = Chain(
             self.id, self, self.work, self.compute, self.router, first=first, end=end, holders=self.holders,
-            shape=Shape(world.num_fragments, HIDDEN, VOCABULARY, 10 * LENGTH), bits=32, back_bits=32,
+            shape=Shape(world.num_fragments, HIDDEN, VOCABULARY, 10 * LENGTH), bits=world.bits,
+            back_bits=world.back_bits,
         )
         self.losses: list[float] = []
         self.answering: set[asyncio.Task[Any]] = set()

@@ -8,11 +8,12 @@ import random
 from collections import Counter
 
 import pytest
+import torch
 
 from swarm.errors import BadMessage, PeerRefused
 from swarm.pipeline import chain as chains
 from swarm.pipeline import onward, wire
-from swarm.pipeline.messages import Hop, Microbatch, Verdict
+from swarm.pipeline.messages import Bits, Hop, Microbatch, Verdict
 from tests.unit.averaging.simulation import play
 from tests.unit.pipeline.chains import Peer, World, finish, largest_error, sums
 from tests.unit.pipeline.toy import HIDDEN, VOCABULARY, in_one_process, microbatches
@@ -105,6 +106,29 @@ def test_activations_cross_each_link_once_each_way() -> None:
         assert bytes_of_all == 6 * (6 * activation + 3 * tokens)
         carriers = {frozenset((one, other)) for one, other, _, size in world.messages if size}
         assert carriers == {frozenset((a.id, b.id)) for a, b in itertools.pairwise(peers)}, "neighbours only"
+
+    play(story())
+
+
+@pytest.mark.parametrize(("bits", "back_bits", "error"), [(8, 8, 0.02), (4, 8, 0.25), (32, 32, 1e-5)])
+def test_fewer_bits_forward_cost_little_and_carry_less(bits: Bits, back_bits: Bits, error: float) -> None:
+    texts = microbatches(30, seed=14, sequences=8)
+    wanted, losses = in_one_process(4, texts)
+
+    async def story() -> None:
+        world = World(4, seed=14, bits=bits, back_bits=back_bits)
+        peers = [Peer(world, f"peer{i}", i, i + 1) for i in range(4)]
+        await finish([peers[0].origin(texts)])
+        found = torch.cat([values.flatten() for _, values in sorted(sums(world).items())])
+        exact = torch.cat([values.flatten() for _, values in sorted(wanted.items())])
+        assert float((found - exact).norm() / exact.norm()) < error
+        assert sum(peers[0].losses) / 30 == pytest.approx(sum(losses) / 30, rel=error / 10)
+        shape = (*texts[0].shape, HIDDEN)
+        sent = {size for *_, method, size in world.messages if method == "microbatch"}
+        ids = wire.tokens_bytes((8, texts[0].shape[1]), vocabulary=VOCABULARY)
+        assert sent == {ids + wire.values_bytes(shape, bits)}
+        back = {size for *_, method, size in world.messages if method == "microbatch's answer"}
+        assert back == {wire.values_bytes(shape, back_bits)}
 
     play(story())
 
