@@ -11,7 +11,8 @@ Gradients wait, apart from each other, until the microbatch's origin has said wh
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -93,6 +94,14 @@ class StageCompute:
         gradient = self.backward(key, None) if keep else None
         return float(left.detach()), gradient
 
+    def logits(
+        self, key: Hashable, values: torch.Tensor, *, start: int, end: int, positions: int
+    ) -> torch.Tensor:
+        """The last stage's logits of so many last positions of each sequence [sequences, positions, vocabulary], fp32
+        on the CPU. Nothing is kept."""
+        left = self._run(key, values, start=start, end=end, tokens=0, targets=None, keep=False)
+        return left[:, -positions:].to("cpu", torch.float32)
+
     def backward(self, key: Hashable, gradient: torch.Tensor | None) -> torch.Tensor | None:
         """The gradient of what came in [sequences, length, hidden], fp32 on the CPU; None at fragment 0. `gradient`:
         of what `forward` returned (None: that was the loss). The weights' own gradients wait for a verdict."""
@@ -164,7 +173,7 @@ class StageCompute:
         weights = self._current()
         blocks = {"start": self.fragments[start].blocks[0], "end": self.fragments[end - 1].blocks[1]}
         inside = {f"model.{name}": leaf for name, leaf in weights.leaves.items()}
-        with torch.set_grad_enabled(keep):
+        with torch.set_grad_enabled(keep), _dropout(self._stage, keep):
             left: torch.Tensor = functional_call(self._stage, inside, (entered,), blocks)
             if targets is not None:
                 left = self._stage.mean_loss(left, targets.to(self._device))
@@ -179,3 +188,16 @@ class StageCompute:
             leaves = {name: parameter.data.requires_grad_() for name, parameter in self._parameters.items()}
             self._weights = _Weights(leaves)
         return self._weights
+
+
+@contextmanager
+def _dropout(stage: torch.nn.Module, wanted: bool) -> Iterator[None]:
+    """None where nothing is learnt; else as the stage is."""
+    leave_out = stage.training and not wanted
+    if leave_out:
+        stage.train(False)
+    try:
+        yield
+    finally:
+        if leave_out:
+            stage.train(True)

@@ -53,9 +53,7 @@ class Serving:
         """Between two microbatches of a whole peer: rounds get at the weights, and what others have sent is done, as
         much as is there now, so that nobody can stop this peer's own training."""
         self.boundary.pass_by()
-        for _ in range(self.work.queue):
-            self.work.run_next()
-            self.boundary.pass_by()
+        self.work.run_waiting(self.boundary.pass_by)
         if self.steps.sync:  # others wait for what they sent; the gradient of this peer's own batch is not touched
             self.steps.take_due()
 
@@ -72,7 +70,6 @@ async def serve(
     boundary.before = compute.before_write
     link_calls = calls.LinkCalls(network.endpoint, network.directory)
     config = held.model.config.get_text_config()
-    batch_tokens = run.train.batch_sequences * run.train.sequence_length
     bits, back_bits = wire.bits_of(run)
 
     def is_ready(start: int, end: int, version: int) -> bool:
@@ -81,7 +78,7 @@ async def serve(
     chain = Chain(
         network.peer_id, link_calls, work, compute,
         Router(clock=asyncio.get_running_loop().time, rng=random.Random()),
-        shape=Shape(run.fragments, config.hidden_size, config.vocab_size, batch_tokens), first=first, end=end,
+        shape=Shape.of(run, hidden=config.hidden_size, vocabulary=config.vocab_size), first=first, end=end,
         max_in_flight=in_flight, holders=lambda: calls.holders(network.directory.alive()), bits=bits,
         back_bits=back_bits, is_ready=is_ready,
     )

@@ -19,6 +19,7 @@ from swarm.network import records
 from swarm.network.link import Answer
 from swarm.pipeline.chain import Chain
 from swarm.pipeline.compute import StageCompute
+from swarm.pipeline.guest import Guest
 from swarm.pipeline.messages import Bits, Microbatch, Verdicts, Working
 from swarm.pipeline.onward import Shape
 from swarm.pipeline.origin import Origin
@@ -111,7 +112,8 @@ class Peer:
 
     def holders(self) -> list[Holder]:
         """A directory notices a death some seconds late, so the dead are in it."""
-        return [Holder(p.id, p.first, p.end) for p in self.world.peers.values() if p is not self and not p.forgotten]
+        others = (p for p in self.world.peers.values() if p is not self and not p.forgotten)
+        return [Holder(p.id, p.first, p.end) for p in others if p.first < p.end]
 
     forgotten = False
 
@@ -214,6 +216,23 @@ class Peer:
         return missing
 
 
+class Visitor(Peer):
+    """Asks and holds nothing."""
+
+    def __init__(self, world: World, name: str) -> None:
+        super().__init__(world, name, 0, 1)
+        self.first = self.end = self.chain.end = 0
+        self.guest = Guest(
+            self.id, self, self.router, shape=self.chain.shape, holders=self.holders, bits=world.bits,
+            back_bits=world.back_bits,
+        )
+
+    async def answer(self, asker: str, method: str, header: dict[str, Any], body: bytes) -> Answer:
+        assert method == "working", "nobody asks it anything"
+        self.guest.onward.on_working(asker, records.parse(Working, header))
+        return {}, b""
+
+
 async def finish(origins: list[tuple[Origin, Callable[[], bool]]]) -> None:
     await asyncio.gather(*(origin.run(until=until) for origin, until in origins))
 
@@ -235,4 +254,4 @@ def largest_error(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor
     return max(float((found[name] - wanted[name]).norm() / wanted[name].norm()) for name in wanted)
 
 
-__all__ = ["NetworkError", "Peer", "World", "finish", "largest_error", "sums"]
+__all__ = ["NetworkError", "Peer", "Visitor", "World", "finish", "largest_error", "sums"]

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from swarm.errors import BadMessage, PeerRefused
+from swarm.pipeline import admission, onward, wire
 from swarm.pipeline import chain as chains
-from swarm.pipeline import onward, wire
 from swarm.pipeline.messages import Bits, Hop, Microbatch, Verdict
 from tests.unit.averaging.simulation import play
 from tests.unit.pipeline.chains import Peer, World, finish, largest_error, sums
@@ -285,7 +285,7 @@ def test_strangers_are_refused_before_anything_is_computed() -> None:
                 await peer.chain.serve(asked.model_copy(update=size), b"", asker="B" * 20)
         assert peer.compute.in_flight == 0 and not peer.chain._entries
         peer.chain._max_in_flight = 0
-        with pytest.raises(PeerRefused, match=chains.BUSY):
+        with pytest.raises(PeerRefused, match=admission.BUSY):
             await peer.chain.serve(asked, b"", asker="B" * 20)
 
     play(story())
