@@ -134,7 +134,7 @@ class Onward:
                 continue
             try:
                 answer = await self.ask(here, going, body, known)
-                for peer_id in given_up:
+                for peer_id in given_up - {here.peer_id}:  # which may have answered when it was asked again
                     own = going.microbatch
                     word = Working(origin=own.origin, number=own.number, start=going.end).model_dump()
                     self._spawn(self._calls.notify(peer_id, "withdrawn", word, deadline_s=WORKING_S))

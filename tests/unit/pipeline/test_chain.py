@@ -181,6 +181,23 @@ def test_a_frozen_peer_is_passed_over_in_seconds_and_told_to_forget_when_it_is_b
     play(story())
 
 
+def test_a_peer_that_was_given_up_and_answers_when_asked_again_is_not_told_to_forget() -> None:
+    texts = microbatches(4, seed=15)
+    wanted, _ = in_one_process(2, texts)
+
+    async def story() -> None:
+        world = World(2, seed=15)
+        origin, only = Peer(world, "a", 0, 1), Peer(world, "b", 1, 2)
+        asyncio.get_running_loop().call_later(0.09, only.freeze, onward.SILENT_S + 2)
+        made = origin.origin(texts)
+        await finish([made])
+        assert origin.chain.onward.reroutes > 0, "it was silent for too long"
+        assert made[0].lost_tokens == 0
+        assert largest_error(sums(world), wanted) < 1e-5
+
+    play(story())
+
+
 def test_what_a_dead_origin_has_sent_is_forgotten_in_time() -> None:
     tokens = microbatches(1, seed=4)[0]
 
