@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from swarm.averaging.averager import Averager
 from swarm.config import RunConfig
 from swarm.data.stream import PackedStream
+from swarm.events import Warning
 from swarm.network.network import Network
 from swarm.pipeline import calls, wire
 from swarm.pipeline.chain import Chain
@@ -67,6 +68,7 @@ async def serve(
     first, end = held.fragments[0].index, held.fragments[-1].index + 1
     work = WorkQueue()
     compute = StageCompute(held.stage, {f.index: f for f in held.fragments}, inner.parameters)
+    compute.pieces.warn = lambda text: averager.context.emit(Warning(text))
     boundary.before = compute.before_write
     link_calls = calls.LinkCalls(network.endpoint, network.directory)
     config = held.model.config.get_text_config()

@@ -95,7 +95,7 @@ class Peer:
         self.world, self.id, self.first, self.end = world, name.replace("0", "Z").ljust(20, "x"), first, end
         self.dead, self.frozen_until = False, 0.0
         fragments = {i: f for i, f in fragments_of(world.num_fragments).items() if first <= i < end}
-        stage = Toy(world.num_fragments)
+        self.stage = stage = Toy(world.num_fragments)
         names = {t.name for fragment in fragments.values() for t in fragment.tensors}
         self.parameters = {name: p for name, p in stage.model.named_parameters() if name in names}
         self.compute = StageCompute(stage, fragments, self.parameters)  # type: ignore[arg-type]

@@ -84,9 +84,9 @@ def forwards(world: World) -> Counter[int]:
     for peer in world.peers.values():
         real = peer.compute._run
 
-        def counting(key, values, *, start, end, real=real, **more):  # type: ignore[no-untyped-def]
-            counts.update(range(start, end))
-            return real(key, values, start=start, end=end, **more)
+        def counting(graph, *args, real=real, **more):  # type: ignore[no-untyped-def]
+            counts.update(range(graph.start, graph.end))
+            return real(graph, *args, **more)
 
         peer.compute._run = counting  # type: ignore[method-assign]
     return counts
