@@ -9,7 +9,6 @@ from collections.abc import Callable
 
 import pytest
 
-from swarm.averaging import plan
 from swarm.config import RunConfig
 from swarm.errors import StateError
 from swarm.network.keys import Keypair
@@ -24,25 +23,15 @@ from tests.unit.averaging.partial import (
     holders,
     make_world,
     settle,
+    start_all,
     trained,
     until,
 )
-from tests.unit.averaging.simulation import Peer, World, play
+from tests.unit.averaging.simulation import Peer, play
 
 FRAGMENTS = range(len(LAYOUTS))
 MakeRun = Callable[..., RunConfig]
-
-
-@pytest.fixture(autouse=True)
-def small_pieces(no_threads: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Owners have several parts, as in a large model."""
-    monkeypatch.setattr(plan, "MIN_PIECE_BLOCKS", 1)
-
-
-def start_all(world: World) -> list[Peer]:
-    for peer in world.peers.values():
-        peer.start()
-    return list(world.peers.values())
+pytestmark = pytest.mark.usefixtures("small_pieces")
 
 
 def own_only(peer: Peer, fragment: int, others: list[Peer]) -> int:

@@ -1,4 +1,4 @@
-"""Swarms under hundreds of schedules of delay, loss, partition and death: one truth (I1), no token lost or counted
+"""Swarms under dozens of schedules of delay, loss, partition and death: one truth (I1), no token lost or counted
 twice (I2), nobody waits for the dead (I3). The protocol is the real one, see simulation.py."""
 
 from __future__ import annotations
@@ -8,18 +8,13 @@ from collections.abc import Callable
 
 import pytest
 
-from swarm.averaging import plan
 from swarm.averaging.layout import Layout, layout_of
 from swarm.config import RunConfig
 from swarm.model.fragments import FragmentSpec, TensorSpec
 from swarm.network.keys import Keypair
 from tests.unit.averaging.simulation import Peer, World, play
 
-
-@pytest.fixture(autouse=True)
-def small_pieces(no_threads: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Owners have several parts, as in a large model."""
-    monkeypatch.setattr(plan, "MIN_PIECE_BLOCKS", 1)
+pytestmark = pytest.mark.usefixtures("small_pieces")
 
 
 @pytest.fixture
