@@ -175,3 +175,27 @@ def test_a_simulated_swarm_is_the_same_each_time(
     play(story())
     play(story())
     assert heads[0] == heads[1]
+
+
+def test_what_a_story_leaves_undone_ends_with_it() -> None:
+    """Also what begins at the end only: a loop that is closed over it would say so in the middle of another test."""
+    ended, tasks = [], []
+
+    async def second() -> None:
+        try:
+            await asyncio.sleep(1)
+        finally:
+            ended.append("second")
+
+    async def first() -> None:
+        try:
+            await asyncio.sleep(1)
+        finally:
+            ended.append("first")
+            tasks.append(asyncio.ensure_future(second()))
+
+    async def story() -> None:
+        tasks.append(asyncio.ensure_future(first()))
+
+    play(story())
+    assert ended == ["first", "second"] and all(task.cancelled() for task in tasks)
