@@ -77,7 +77,7 @@ def test_without_faults_each_fragment_averages_among_all_its_holders(
     play(story())
 
 
-@pytest.mark.parametrize("seed", range(16))
+@pytest.mark.parametrize("seed", range(8))
 def test_lost_and_late_messages_lose_nothing(make_run: MakeRun, keys: list[Keypair], seed: int) -> None:
     async def story() -> None:
         world = make_world(make_run, keys, seed=seed, loss=0.15, delay_s=0.3)
@@ -94,7 +94,7 @@ def test_lost_and_late_messages_lose_nothing(make_run: MakeRun, keys: list[Keypa
     play(story())
 
 
-@pytest.mark.parametrize("seed", range(24))
+@pytest.mark.parametrize("seed", range(12))
 def test_the_death_of_a_holder_takes_no_more_than_what_it_held(
     make_run: MakeRun, keys: list[Keypair], seed: int
 ) -> None:
@@ -103,7 +103,7 @@ def test_the_death_of_a_holder_takes_no_more_than_what_it_held(
     async def story() -> None:
         world = make_world(make_run, keys, seed=seed)
         peers = start_all(world)
-        await asyncio.sleep(12 + seed * 0.41)
+        await asyncio.sleep(12 + seed * 0.83)
         victim = peers[seed % 4]
         others = [peer for peer in peers if peer is not victim]
         held = {
@@ -123,15 +123,15 @@ def test_the_death_of_a_holder_takes_no_more_than_what_it_held(
     play(story())
 
 
-@pytest.mark.parametrize("seed", range(16))
+@pytest.mark.parametrize("seed", range(8))
 def test_a_parted_swarm_comes_together_and_loses_nothing(make_run: MakeRun, keys: list[Keypair], seed: int) -> None:
     """Some fragments are then held on both sides, and some on one."""
     async def story() -> None:
         world = make_world(make_run, keys, seed=seed)
         peers = start_all(world)
-        await asyncio.sleep(12 + seed * 0.29)
+        await asyncio.sleep(12 + seed * 0.61)
         world.part([peer.id for peer in (peers[:1], peers[1:2], peers[:2], [peers[0], peers[2]])[seed % 4]])
-        await asyncio.sleep(20 + seed)
+        await asyncio.sleep(20 + 2 * seed)
         world.heal()
         await settle(world, limit_s=240)
         check_truth(world)

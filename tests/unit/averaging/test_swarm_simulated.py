@@ -95,7 +95,7 @@ def test_without_faults_every_round_is_of_all(
     play(story())
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", range(21))
 def test_lost_and_late_messages_lose_nothing(
     make_run: Callable[..., RunConfig], layout: Layout, keys: list[Keypair], seed: int
 ) -> None:
@@ -114,7 +114,7 @@ def test_lost_and_late_messages_lose_nothing(
     play(story())
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", range(24))
 def test_the_death_of_one_takes_no_more_than_what_it_held(
     make_run: Callable[..., RunConfig], layout: Layout, keys: list[Keypair], seed: int
 ) -> None:
@@ -124,7 +124,7 @@ def test_the_death_of_one_takes_no_more_than_what_it_held(
         peers = list(world.peers.values())
         for peer in peers:
             peer.start()
-        await asyncio.sleep(15 + seed * 0.37)
+        await asyncio.sleep(15 + seed * 0.61)
         victim = peers[seed % 4]
         held = held_by(victim, [peer for peer in peers if peer is not victim])
         committed_before = max(peer.head[2] for peer in peers if peer is not victim)
@@ -141,7 +141,7 @@ def test_the_death_of_one_takes_no_more_than_what_it_held(
     play(story())
 
 
-@pytest.mark.parametrize("seed", range(30))
+@pytest.mark.parametrize("seed", range(16))
 def test_a_parted_swarm_comes_together_and_loses_nothing(
     make_run: Callable[..., RunConfig], layout: Layout, keys: list[Keypair], seed: int
 ) -> None:
@@ -150,9 +150,9 @@ def test_a_parted_swarm_comes_together_and_loses_nothing(
         ids = list(world.peers)
         for peer in world.peers.values():
             peer.start()
-        await asyncio.sleep(12 + seed * 0.29)
+        await asyncio.sleep(12 + seed * 0.53)
         world.part(ids[: 1 + seed % 2])
-        await asyncio.sleep(20 + seed)
+        await asyncio.sleep(20 + 2 * seed)
         world.heal()
         alive = await settle(world, limit_s=240)
         assert alive[0].head[2] == sum(peer.trained for peer in alive), "committed is what was trained"
