@@ -15,7 +15,7 @@ from swarm.averaging.download import Donor
 from swarm.averaging.held import HeldFragment
 from swarm.averaging.messages import Commit, Invitation
 from swarm.averaging.results import History
-from swarm.averaging.spares import Spares
+from swarm.averaging.spare_copies import SpareCopies
 from swarm.errors import BadMessage, NetworkError, PeerRefused
 from swarm.network import records
 from swarm.network.link import Answer, Link
@@ -31,7 +31,7 @@ class Answers:
         """`fragments`: those held, by their index in the run; they may change. `is_serving`: is this peer's own state
         the swarm's by now?"""
         self._context, self._fragments, self._is_serving = context, fragments, is_serving
-        self.spares: Spares | None = None
+        self.spares: SpareCopies | None = None
         """copies of other fragments, whose states and commits are given as well"""
         self._introducing: asyncio.Task[None] | None = None
 
@@ -69,7 +69,7 @@ class Answers:
             raise PeerRefused(f"this peer is still downloading fragment {index}")
         return fragment
 
-    def _spares(self, header: dict[str, Any]) -> Spares | None:
+    def _spares(self, header: dict[str, Any]) -> SpareCopies | None:
         """Where a copy is asked for, and not what this peer holds."""
         index = self._index(header)
         fragment = self._fragments.get(index)

@@ -21,7 +21,8 @@ from swarm.averaging.global_state import GlobalState
 from swarm.averaging.held import HeldFragment
 from swarm.averaging.layout import Layout
 from swarm.averaging.messages import Commit
-from swarm.averaging.spares import Spares, Store
+from swarm.averaging.spare_copies import SpareCopies, Store
+from swarm.averaging.spares import Spares
 from swarm.averaging.synchronise import Synchroniser
 from swarm.averaging.turns import TICK_S, Turns
 from swarm.network.records import Head, Status
@@ -51,16 +52,17 @@ class Averager:
         follower = self._follower = Follower(context, self.synchroniser)
         self._turns = Turns(context, self._fragments, follower, is_leaving=lambda: self.leaving)
         self._answers = Answers(context, self._fragments, lambda: self.serving)
-        self.spares: Spares | None = None
+        self.spares: SpareCopies | None = None
+        self._spares: Spares | None = None
         for index in sorted(layouts):
             self._hold(HeldFragment(context, index, layouts[index], states[index], parameters))
         self._answers.register()
 
     def keep_spares(self, store: Store, layouts: Mapping[int, Layout]) -> None:
         """Keep copies of fragments that this peer does not hold, before anything else. `layouts`: of all of the run."""
-        spares = Spares(self.context, store, layouts, self.synchroniser, lambda: list(self._fragments))
-        self.spares = self._answers.spares = spares
-        self.synchroniser.own_copy = spares.load
+        self._spares = Spares(self.context, store, layouts, self.synchroniser, lambda: list(self._fragments))
+        self.spares = self._answers.spares = self._spares.copies
+        self.synchroniser.own_copy = self.spares.load
 
     def start(self) -> None:
         """Begin to open rounds and to take part in others'."""
@@ -70,8 +72,8 @@ class Averager:
             self._turns.begin(fragment)
         self._look()
         self._tick_task = asyncio.create_task(self._turns.tick_forever())
-        if self.spares is not None:
-            self.context.spawn(self.spares.look_forever())
+        if self._spares is not None:
+            self.context.spawn(self._spares.look_forever())
 
     def trust(self, trusted: Mapping[int, bool]) -> None:
         """For each fragment: is this peer's start the run's? What is not must be downloaded before it takes part."""

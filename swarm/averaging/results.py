@@ -64,6 +64,11 @@ class History:
         self._commits: OrderedDict[int, Commit] = OrderedDict()
         self._digests: OrderedDict[int, str] = OrderedDict()
 
+    def copy(self) -> History:
+        other = History()
+        other._commits, other._digests = self._commits.copy(), self._digests.copy()
+        return other
+
     def add(self, commit: Commit, digest: str) -> None:
         self._commits[commit.opening.version] = commit
         self.saw(commit.opening.version, digest)

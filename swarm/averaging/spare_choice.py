@@ -3,7 +3,8 @@
 Each fragment should be on the disks of `SPARES` peers that do not hold it, so that it outlives all of its holders. Who
 those are is decided by rendezvous hashing (Thaler, Ravishankar 1998) of fragment and peer id: whoever comes or goes
 changes only what it keeps itself. Only where disk budgets bind do others matter: then the fragments with fewest holders
-come first, all of them once before any twice, and what is on a full disk moves where that makes room (augmenting paths).
+come first, all of them once before any twice, and what is on a full disk moves where that makes room (by augmenting
+paths).
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ class Keeper:
 
 
 def assign(keepers: Mapping[str, Keeper], sizes: Sequence[int]) -> dict[str, list[int]]:
-    """Peer id -> the fragments of which it keeps a spare, in their order. `sizes`: of each fragment's copy, in bytes."""
+    """Peer id -> the fragments of which it keeps a spare, in order. `sizes`: of each fragment's copy, in bytes."""
     shelves = _Shelves(keepers, sizes)
     holders = [sum(index in keeper.held for keeper in keepers.values()) for index in range(len(sizes))]
     order = sorted(range(len(sizes)), key=lambda index: (holders[index], index))

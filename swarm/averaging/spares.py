@@ -1,10 +1,10 @@
 """Spare copies of fragments that this peer does not hold: which ones, kept fresh, and given to whoever needs them.
 
 A copy is downloaded once; from then on it follows the fragment's commits, whose result bytes anybody has and gives.
-At 4 bits a result is 0.51 bytes a value, the state 8: so a spare receives what a member of the round receives as results,
-and holders of a fragment send that twice (for `SPARES` copies), together. A member of a round of n sends
+At 4 bits a result is 0.51 bytes a value, the state 8: so a spare receives what a member of the round receives as
+results, and holders of a fragment send that twice (for `SPARES` copies), together. A member of a round of n sends
 2(n - 1)/n x 0.51 bytes a value itself. Where more rounds have passed than the state is worth, or the results are gone,
-the state is downloaded again; nothing is renewed more often than every `RENEW_S` and for a tenth of the time.
+the state is downloaded again. Nothing is renewed more often than every `RENEW_S`, nor when there is nothing new.
 
 Where nobody holds the fragment, or everybody who does is leaving, nothing is waited for: the copies come level with the
 newest one at once. A copy that this peer should not keep any more stays until others have it (make before break).
@@ -16,61 +16,42 @@ import asyncio
 import hashlib
 import logging
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, replace
-from typing import Protocol
+from dataclasses import replace
+from typing import TypeVar
 
 from swarm.averaging import outer
 from swarm.averaging.apply import Applier
 from swarm.averaging.context import Context
-from swarm.averaging.download import Donor, Shape
+from swarm.averaging.download import Shape
 from swarm.averaging.global_state import GlobalState
 from swarm.averaging.layout import Layout
 from swarm.averaging.ledger import Ledger, Untrained
 from swarm.averaging.results import History
 from swarm.averaging.spare_choice import SPARES, Keeper, assign
+from swarm.averaging.spare_copies import SpareCopies, Store
 from swarm.averaging.synchronise import Synchroniser
-from swarm.errors import NetworkError, PeerRefused, StateError
+from swarm.errors import NetworkError, StateError
 from swarm.network.codec import encoded_bytes
-from swarm.network.records import MAX_SPARES, Head, Spare, Status
+from swarm.network.records import Head, Status
 
 LOOK_S = 5.0
-RENEW_S = 60.0
+RENEW_S = 10.0
+WRITTEN_BYTES_PER_S = 10e6
+"""a copy is renewed no more often than that it writes so much to the disk: one of 600 MB once a minute"""
 RENEW_SHARE = 0.1
 """of the time, at most, goes into renewing one copy"""
 AGAIN_S = 600.0
 """after a copy could not be written"""
 GONE_S = 60.0
 """a peer that is silent for longer is no keeper: a short silence must not move copies about"""
-CLOSED_S = 60.0
-"""a copy that nobody asks for is closed"""
 SOURCES = 2
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
-class Store(Protocol):
-    """Where copies are (train/spare_disk.py). All but `heads` may take long."""
-
-    room_bytes: int
-
-    def heads(self) -> dict[int, Head]: ...
-
-    def size_bytes(self, fragment: int) -> int: ...
-
-    def has_room_for(self, fragment: int) -> bool: ...
-
-    def read(self, fragment: int) -> GlobalState | None: ...
-
-    def write(self, state: GlobalState) -> bool: ...
-
-    def drop(self, fragment: int) -> None: ...
-
-
-@dataclass
-class _Open:
-    state: GlobalState
-    donor: Donor
-    used_at: float
+async def _at_once(function: Callable[[], T]) -> T:
+    return function()
 
 
 class Spares:
@@ -83,62 +64,14 @@ class Spares:
         """`layouts`: of all fragments of the run; `held`: those that this peer holds, or is about to."""
         self._context, self._store, self._layouts, self._held = context, store, layouts, held
         self._synchroniser = synchroniser
-        self._quiet = replace(context, emit=lambda event: None)
-        """rounds that a copy follows are not this peer's"""
+        self.copies = SpareCopies(store, held)
+        self._quiet = replace(context, emit=lambda event: None, at_boundary=_at_once)
+        """rounds that a copy follows are not this peer's, and training does not wait for them"""
         self._num_buffers = outer.num_buffers(context.run)
-        self._histories: dict[int, History] = {}
-        self._open: dict[int, _Open] = {}
-        self._opening = asyncio.Lock()
         self._not_before: dict[int, float] = {}
+        self._full_until = float("-inf")
         self._keepers: dict[str, tuple[Keeper, float]] = {}
         self._chosen: tuple[dict[str, Keeper], list[int]] = {}, []
-
-    # -- what others see --------------------------------------------------------------------------------------------
-
-    def announced(self) -> list[Spare]:
-        held = set(self._held())
-        heads = sorted(self._store.heads().items())
-        return [Spare(fragment=index, head=head) for index, head in heads if index not in held][:MAX_SPARES]
-
-    @property
-    def room_bytes(self) -> int:
-        return min(self._store.room_bytes, 2**50)
-
-    def has(self, fragment: int) -> bool:
-        return fragment in self._store.heads()
-
-    def history(self, fragment: int) -> History:
-        """Of a copy that is here: what it attests, and the commits that it can pass on."""
-        head = self._store.heads().get(fragment)
-        if head is None:
-            raise PeerRefused(f"this peer has no spare copy of fragment {fragment}")
-        history = self._histories.setdefault(fragment, History())
-        history.saw(head.version, head.digest)
-        return history
-
-    async def donor(self, fragment: int) -> Donor:
-        """Serves the copy, which stays open while somebody asks. Raises PeerRefused where there is none."""
-        async with self._opening:
-            head, opened = self._store.heads().get(fragment), self._open.get(fragment)
-            if head is not None and (opened is None or opened.state.digest != head.digest):
-                state = await asyncio.to_thread(self._store.read, fragment)
-                if state is not None and opened is not None:
-                    opened.state = state
-                elif state is not None:
-                    opened = self._open[fragment] = self._opened(state)
-            if opened is None:
-                raise PeerRefused(f"this peer has no spare copy of fragment {fragment}")
-            opened.used_at = asyncio.get_running_loop().time()
-            return opened.donor
-
-    async def load(self, fragment: int, more_than: int) -> GlobalState | None:
-        """This peer's own copy, where it has more tokens than that."""
-        head = self._store.heads().get(fragment)
-        if head is None or head.tokens <= more_than:
-            return None
-        return await asyncio.to_thread(self._store.read, fragment)
-
-    # -- which, and how fresh ---------------------------------------------------------------------------------------
 
     async def look_forever(self) -> None:
         while True:
@@ -151,7 +84,7 @@ class Spares:
     async def look(self) -> None:
         """Keep what this peer should keep, one copy at a time, and let go of what others keep by now."""
         now = asyncio.get_running_loop().time()
-        self._open = {index: opened for index, opened in self._open.items() if now - opened.used_at < CLOSED_S}
+        self.copies.close_idle()
         wanted = await self._wanted(now)
         for index in sorted(wanted, key=lambda index: (len(self._copies(index)), index)):
             if self._is_due(index, now) and await self._make_room(index, wanted):
@@ -160,7 +93,7 @@ class Spares:
         for index in sorted(set(mine) - set(wanted)):
             level = [head for head in self._spares_of(index).values() if head.tokens >= mine[index].tokens]
             if len(level) >= SPARES:
-                await self._drop(index)
+                await self.copies.drop(index)
 
     async def _wanted(self, now: float) -> list[int]:
         me = self._context.keypair.peer_id
@@ -179,7 +112,7 @@ class Spares:
         """Has anybody more of it, and is it time, or is nobody left who will go on with it?"""
         mine = self._store.heads().get(index)
         newest = max((head.tokens for head in self._copies(index).values()), default=-1)
-        if newest <= (-1 if mine is None else mine.tokens):
+        if now < self._full_until or newest <= (-1 if mine is None else mine.tokens):
             return False
         staying = any(s.head(index) is not None and not s.leaving for s in self._alive().values())
         return now >= self._not_before.get(index, now) or not staying
@@ -191,28 +124,24 @@ class Spares:
             most = max(others, key=lambda other: (len(self._copies(other)), other), default=None)
             if most is None or len(self._copies(most)) <= min(SPARES, len(self._copies(index))):
                 return False
-            await self._drop(most)
+            await self.copies.drop(most)
         return True
-
-    async def _drop(self, index: int) -> None:
-        self._histories.pop(index, None)
-        self._open.pop(index, None)
-        await asyncio.to_thread(self._store.drop, index)
 
     async def _renew(self, index: int) -> None:
         """Bring a copy level with the newest one that anybody alive has, or make it."""
         loop = asyncio.get_running_loop()
-        began, written = loop.time(), True
+        began = loop.time()
         try:
-            state = await self._follow(index) or await self._download(index)
-            if state is not None:
-                written = await asyncio.to_thread(self._store.write, state)
+            newer = await self._follow(index) or await self._download(index)
+            if newer is not None and not await self.copies.write(*newer):
+                self._full_until = loop.time() + AGAIN_S
         except (NetworkError, StateError) as error:
             log.info("spare copy of fragment %d: %s", index, error)
         now = loop.time()
-        self._not_before[index] = now + (max(RENEW_S, (now - began) / RENEW_SHARE) if written else AGAIN_S)
+        write_s = self._store.size_bytes(index) / WRITTEN_BYTES_PER_S
+        self._not_before[index] = now + max(RENEW_S, write_s, (now - began) / RENEW_SHARE)
 
-    async def _follow(self, index: int) -> GlobalState | None:
+    async def _follow(self, index: int) -> tuple[GlobalState, History] | None:
         """By the commits since; None: they are not worth it, or nobody gives them."""
         mine = self._store.heads().get(index)
         copies = self._copies(index)
@@ -222,12 +151,12 @@ class Spares:
         behind = max(copies[peer_id].version for peer_id in ahead) - mine.version
         if not 0 < behind * self._result_bytes(index) < self._store.size_bytes(index):
             return None
-        state = await asyncio.to_thread(self._store.read, index)
+        state = await self.copies.read(index)
         if state is None:
             return None
         ledger = Ledger(state, Untrained())
         applier = Applier(self._quiet, fragment=index, layout=self._layouts[index], ledger=ledger)
-        applier.history = self.history(index)
+        applier.history = self.copies.history(index).copy()
         for source in self._ranked(index, ahead)[:SOURCES]:
             try:
                 before = None
@@ -236,18 +165,18 @@ class Spares:
                     await applier.catch_up(source)
             except NetworkError as error:
                 log.info("spare copy of fragment %d, commits of %s: %s", index, source[-6:], error)
-        return ledger.state if ledger.state is not state else None
+        return (ledger.state, applier.history) if ledger.state is not state else None
 
-    async def _download(self, index: int) -> GlobalState | None:
+    async def _download(self, index: int) -> tuple[GlobalState, History] | None:
         mine = self._store.heads().get(index)
         shape = Shape(index, self._layouts[index].numel, self._num_buffers)
         found = await self._synchroniser.fetch(shape, better_than=mine)
         if found is None:
             return None
         state, _ = found
-        self._histories[index] = History()
-        self._histories[index].saw(state.version, state.digest)
-        return state
+        history = History()
+        history.saw(state.version, state.digest)
+        return state, history
 
     def _alive(self) -> dict[str, Status]:
         return self._context.directory.alive()
@@ -271,8 +200,3 @@ class Spares:
         layout = self._layouts[index]
         fine = layout.num_fine_blocks
         return encoded_bytes(fine, layout.num_blocks - fine, self._context.run.averaging.bits)
-
-    def _opened(self, state: GlobalState) -> _Open:
-        clock = asyncio.get_running_loop().time
-        opened = _Open(state, Donor(lambda: [opened.state], clock), clock())
-        return opened

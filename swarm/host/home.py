@@ -181,7 +181,8 @@ class Home:
 def atomic_write(path: Path, content: bytes | Iterable[bytes | memoryview]) -> None:
     """Write a file so that a crash, a kill or a full disk leaves the old one or the new one, whole; mode 600.
 
-    `content` may come in pieces, where it is large. Raises HomeError; the old file is then untouched and nothing else is left behind.
+    `content` may come in pieces, where it is large. Raises HomeError; the old file is then untouched and nothing else
+    is left behind.
     """
     temporary = None
     try:

@@ -48,7 +48,7 @@ def most_copies(keepers: Swarm, num_fragments: int) -> int:
 
 @settings(max_examples=300, deadline=None)
 @given(swarms(rooms=st.integers(0, 250)))
-def test_no_disk_is_overfull_and_nobody_keeps_what_it_holds_or_one_copy_too_many(found: tuple[Swarm, list[int]]) -> None:
+def test_no_disk_is_overfull_and_nobody_keeps_what_it_holds_or_too_much(found: tuple[Swarm, list[int]]) -> None:
     keepers, sizes = found
     assigned = assign(keepers, sizes)
     assert set(assigned) == set(keepers)
