@@ -183,6 +183,8 @@ class Averager:
             await asyncio.sleep(TICK_S)
         fragment.ready = False
         del self._fragments[index]
+        if self.spares is not None and not self._heads_elsewhere(index):  # so that it is not lost with us
+            await self.spares.write(fragment.ledger.state, fragment.applier.history)
         self._elsewhere.let_go(index, fragment.ledger.state.tokens)
         self._look()
         self._tell_all()
@@ -191,9 +193,12 @@ class Averager:
     def _may_go(self, fragment: HeldFragment) -> bool:
         if fragment.ledger.pending_tokens or fragment.opening or fragment.rounds.member.in_round():
             return False
-        statuses = self.context.directory.alive().values()
-        others = [head for status in statuses if (head := status.head(fragment.index)) is not None]
+        others = self._heads_elsewhere(fragment.index)
         return not others or any(head.tokens >= fragment.ledger.state.tokens for head in others)
+
+    def _heads_elsewhere(self, index: int) -> list[Head]:
+        statuses = self.context.directory.alive().values()
+        return [head for status in statuses if (head := status.head(index)) is not None]
 
     def _hold(self, fragment: HeldFragment) -> None:
         self._fragments[fragment.index] = fragment

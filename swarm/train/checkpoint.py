@@ -14,6 +14,7 @@ from what was read and compared, so a flipped bit never gets into the swarm.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -93,6 +94,19 @@ def load_newest(
             if found.states:
                 return found
     return None
+
+
+def older(
+    folder: Path, *, numels: Mapping[int, int], num_fragments: int, num_buffers: int
+) -> list[GlobalState]:
+    """Of each of these fragments the newest state in any checkpoint, where there is one: a peer may have held other
+    ones before. Damaged checkpoints are passed over. Arguments as in `load_newest`."""
+    found: dict[int, GlobalState] = {}
+    for path in reversed(_all(folder)):
+        missing = {index: numel for index, numel in numels.items() if index not in found}
+        with contextlib.suppress(StateError, OSError):
+            found |= {state.fragment: state for state in _load(path, missing, num_fragments, num_buffers).states}
+    return [found[index] for index in sorted(found)]
 
 
 def _load(path: Path, numels: Mapping[int, int], num_fragments: int, num_buffers: int) -> Checkpoint:
