@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 
 from swarm.averaging.apply import Applier
 from swarm.averaging.attestation import ATTEST_S, who_knows
@@ -31,6 +31,10 @@ async def _nothing(fragment: int, more_than: int) -> GlobalState | None:
     return None
 
 
+async def _never(applier: Applier) -> bool:
+    return False
+
+
 class Synchroniser:
     def __init__(self, context: Context, appliers: Callable[[], Iterable[Applier]]) -> None:
         """`appliers`: of the fragments that this peer holds by now."""
@@ -41,6 +45,9 @@ class Synchroniser:
         """some state rests on the word of one peer, because there was no other to ask"""
         self.own_copy = _nothing
         """a fragment and a number of tokens -> the spare on this peer's own disk, if it has more than that"""
+        self.rebuild: Callable[[Applier], Awaitable[bool]] = _never
+        """makes a fragment anew of which there is no copy anywhere; False: there is"""
+        self.rebuilt: list[int] = []
 
     async def join(self) -> int:
         """Bring every fragment held to the swarm's newest head; returns the number of fragments that were downloaded.
@@ -56,6 +63,9 @@ class Synchroniser:
         own = await self.own_copy(index, applier.ledger.state.tokens)
         if own is not None:
             await applier.adopt(own, absorbed=[], lost=[])
+        if await self.rebuild(applier):
+            self.rebuilt.append(index)
+            return False
         newest = max((head.tokens for head in self.heads(index).values()), default=-1)
         if newest <= applier.ledger.state.tokens and applier.trusted:
             return False

@@ -9,9 +9,11 @@ from typing import Any
 from swarm.averaging import outer
 from swarm.averaging.averager import Averager
 from swarm.averaging.context import Context
-from swarm.averaging.elsewhere import said_tokens
 from swarm.averaging.layout import layout_of
+from swarm.averaging.rebuild import Rebuilder
 from swarm.events import Warning
+from swarm.model.fragments import find_blocks
+from swarm.model.skeleton import skeleton
 from swarm.network.network import Network
 from swarm.train import checkpoint, run_source
 from swarm.train.run_source import Held
@@ -62,19 +64,20 @@ def take_over(held: Held, context: Context, network: Network, folder: Path, *, s
         averager = Averager(context, held.layouts, held.states, dict(held.model.named_parameters()))
         averager.keep_spares(disk, layouts)
         averager.trust(trusted)
+        averager.synchroniser.rebuild = Rebuilder(
+            context, averager.synchroniser, held.all_fragments, layouts,
+            own=lambda: {state.fragment: state for state in averager.states()},
+            blocks_at=lambda: find_blocks(skeleton(run))[0],
+        ).rebuild
         return averager, await averager.synchroniser.join()
 
     averager, downloaded = network.run(join())
-    said = said_tokens(network.directory.alive().values())
-    for state in averager.states():
-        if state.tokens == 0 < min((tokens for i, tokens in said.items() if i != state.fragment), default=0):
-            warn(
-                f"FRAGMENT {state.fragment} STARTS AGAIN FROM THE BEGINNING: nobody here has its state; if a peer that"
-                " has it comes back, its history wins"
-            )
     versions = ", ".join(str(state.version) for state in averager.states())
     spare = [state.fragment for state in averager.states() if state.digest != held.states[state.fragment].digest]
-    if downloaded:
+    rebuilt = averager.synchroniser.rebuilt
+    if rebuilt:
+        origin = f"rebuilt fragment {', '.join(map(str, rebuilt))} from its neighbours"
+    elif downloaded:
         origin = f"downloaded {downloaded} fragment{'' if downloaded == 1 else 's'} from others"
     else:
         own = "this peer's checkpoint" if states else "a spare copy of this peer's"

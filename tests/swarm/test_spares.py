@@ -95,8 +95,11 @@ def test_who_gives_no_disk_keeps_no_copy_and_a_lost_fragment_is_named_in_capital
         newcomer = swarm.start_peer(
             "--initial-peers", *first.last("ready", "maddrs"), "--fragments", STAGES[1], "--spare-disk", "0", number=7
         )
-        swarm.wait_for(lambda: "FRAGMENT 1" in watch.of(newcomer), timeout_s=120, what="a word of it")
+        swarm.wait_for(
+            lambda: "FRAGMENT 1 WAS LOST AND IS REBUILT" in watch.of(newcomer), timeout_s=120, what="a word of it"
+        )
         swarm.wait_for(lambda: newcomer.heads.get(1, (0, ""))[0] >= 1, timeout_s=90, what="a round of it")
         assert not any(spare_files(peer) for peer in (first, victim, last, newcomer))
+        assert newcomer.last("check", "text") and not watch.disagreements([first, last, newcomer])
         swarm.finish()
         assert [peer.process.returncode for peer in (first, last, newcomer)] == [0] * 3, newcomer.stderr

@@ -123,7 +123,13 @@ class Peer:
 
     def start(self, *, tokens: int = 100, every_s: float = 0.4) -> None:
         self.averager.start()
-        self._tasks = [asyncio.create_task(self._beat()), asyncio.create_task(self._train(tokens, every_s))]
+        self.start_beating()
+        self._tasks = [self._tasks[0], asyncio.create_task(self._train(tokens, every_s))]
+
+    def start_beating(self) -> None:
+        """Others hear of it while it is joining."""
+        if not self._tasks:
+            self._tasks = [asyncio.create_task(self._beat())]
 
     async def stop_training(self) -> None:
         self._tasks[1].cancel()

@@ -67,8 +67,10 @@ def with_spare(tokens: int, *heads: int | None, leaving: bool = False) -> Status
     ([with_spare(9, None, 20, leaving=True)], False),
     ([status(None, 20)], False),
     ([], False),
-], ids=["an old copy", "the newest", "one of two", "another holder", "who leaves too", "a keeper that leaves", "no copy",
-        "nobody"])
+], ids=[
+    "an old copy", "the newest", "one of two", "another holder", "who leaves too", "a keeper that leaves", "no copy",
+    "nobody",
+])
 def test_the_last_holder_stays_until_somebody_has_the_newest_copy(others: list[Status], needed: bool) -> None:
     assert spares_need_us(others, ours(10, None)) is needed
 
