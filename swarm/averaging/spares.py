@@ -1,11 +1,11 @@
 """Spare copies of fragments that this peer does not hold: which ones, kept fresh, and given to whoever needs them.
 
 A copy is downloaded once; from then on it follows the fragment's commits, whose result bytes anybody has and gives.
-At 4 bits a result is 0.51 bytes a value, the state 8. So a spare receives 0.51 bytes a value and round, and the n holders
-together send that `SPARES` times; in the round itself each of them sends 2(n - 1)/n times that. Measured in a simulated
-swarm, in bytes that a holder sends a value and round, without spares and with: one holder 0 and 1.03, two 0.51 and 0.97,
-four 0.76 and 1.03. Where more rounds have passed than the state is worth, or the results are gone, the state is
-downloaded again. Nothing is renewed more often than every `RENEW_S`, nor when there is nothing new.
+At 4 bits a result is 0.51 bytes a value, the state 8. So a spare receives 0.51 bytes a value and round, and the n
+holders together send that `SPARES` times; in the round itself each of them sends 2(n - 1)/n times that. Measured in a
+simulated swarm, in bytes that a holder sends a value and round, without spares and with: one holder 0 and 1.03, two
+0.51 and 0.97, four 0.76 and 1.03. Where more rounds have passed than the state is worth, or the results are gone, the
+state is downloaded again. Nothing is renewed more often than every `RENEW_S`, nor when there is nothing new.
 
 Where nobody holds the fragment, or everybody who does is leaving, nothing is waited for: the copies come level with the
 newest one at once. A copy that this peer should not keep any more stays until others have it (make before break).
