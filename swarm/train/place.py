@@ -7,8 +7,7 @@ fewer are planned for, down to one, before a smaller stage is; the chain then ta
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -21,7 +20,8 @@ from swarm.model.fragments import FragmentSpec, cut
 from swarm.model.skeleton import skeleton
 from swarm.network.records import Status
 from swarm.pipeline.placement import choose_stage
-from swarm.pipeline.snapshot import Fragments, Holder, Snapshot
+from swarm.pipeline.snapshot import NO_STAGE, Fragments, Holder
+from swarm.train import surroundings
 from swarm.train.serving import CREDIT, microbatch_sequences
 
 
@@ -34,6 +34,8 @@ class Place:
     plan: StagePlan
     text: str
     """which fragments, and why"""
+    planner: Planner
+    """for the stages that may come later"""
 
 
 def choose(
@@ -48,7 +50,7 @@ def choose(
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
         gpu_bytes = min(free, config.max_memory or free)
-    planner = _Planner(
+    planner = Planner(
         [_size(fragment, text_config.vocab_size, is_last=fragment is fragments[-1]) for fragment in fragments],
         Work(
             hidden_size=text_config.hidden_size, num_heads=text_config.num_attention_heads,
@@ -63,17 +65,13 @@ def choose(
     place = planner.place(everything, "they fit")
     if place.plan.fits:
         return place
-    room_bytes = gpu_bytes if device.type == "cuda" else main_bytes
-    largest = max((end - first for first, end in planner.fitting()), default=0)
-    if not largest:
+    if not planner.room_bytes():
         raise SwarmError(
             "this model does not fit", why="not even one fragment of it:\n" + planner.place((0, 1), "").plan.table(),
             do="use a machine with more memory, allow more (--max-memory), or cut the model into more fragments",
         )
-    sizes = tuple(planner.bytes_of(index) for index in range(run.fragments))
-    me = Holder(peer_id, (0, 0), (0, 0), min(room_bytes, sum(sorted(sizes)[-largest:])), _usual_speed(run, statuses))
-    snapshot = Snapshot(_holders(run, statuses), Fragments(sizes, _work(fragments)))
-    first, end = choose_stage(snapshot, me)
+    me = Holder(peer_id, NO_STAGE, NO_STAGE, planner.room_bytes(), surroundings.usual_speed(run, statuses))
+    first, end = choose_stage(surroundings.snapshot(run, statuses, planner.fragments()), me)
     while end - first > 1 and not planner.place((first, end), "").plan.fits:
         end -= 1
     place = planner.place((first, end), "as many as fit, where the swarm needs them most")
@@ -82,8 +80,11 @@ def choose(
 
 
 @dataclass(frozen=True)
-class _Planner:
+class Planner:
+    """What fits into this peer's memory, as it was free at the start."""
+
     sizes: Sequence[PartSize]
+    """of each fragment"""
     work: Work
     run: RunConfig
     main_bytes: int
@@ -91,15 +92,32 @@ class _Planner:
 
     def place(self, part: tuple[int, int], why: str) -> Place:
         """With as many microbatches at once as fit; with one where even that does not."""
+        in_flight = self.in_flight(range(*part)) or 1
         chained = part != (0, len(self.sizes))
-        size = sum(self.sizes[slice(*part)][1:], start=self.sizes[part[0]])
-        in_flight = CREDIT
-        plan = self._plan(size, in_flight, chained=chained)
-        while not plan.fits and in_flight > 1:
-            in_flight //= 2
-            plan = self._plan(size, in_flight, chained=chained)
+        plan = self._plan(range(*part), in_flight, chained=chained)
         which = f"fragments {part[0]}:{part[1]} of {len(self.sizes)}" if chained else "the whole model"
-        return Place(part, in_flight, plan, f"{which}: {why}")
+        return Place(part, in_flight, plan, f"{which}: {why}", self)
+
+    def in_flight(self, held: Collection[int]) -> int:
+        """For how many microbatches at once there is room beside these fragments; 0: not for one."""
+        chained = len(held) < len(self.sizes)
+        in_flight = CREDIT
+        while in_flight and not self._plan(held, in_flight, chained=chained).fits:
+            in_flight //= 2
+        return in_flight
+
+    def fragments(self) -> Fragments:
+        """As placement sees them."""
+        return Fragments(
+            tuple(self.bytes_of(index) for index in range(len(self.sizes))),
+            tuple(float(size.num_blocks) for size in self.sizes),
+        )
+
+    def room_bytes(self) -> int:
+        """As much as the longest stage that fits takes, measured in `fragments()`; 0: not even one fragment fits."""
+        limit = self.gpu_bytes if self.work.on_gpu else self.main_bytes
+        largest = max((end - first for first, end in self.fitting()), default=0)
+        return min(limit, sum(sorted(self.fragments().sizes_bytes)[-largest:])) if largest else 0
 
     def fitting(self) -> Iterator[tuple[int, int]]:
         for first in range(len(self.sizes)):
@@ -110,43 +128,20 @@ class _Planner:
 
     def bytes_of(self, index: int) -> int:
         """That a fragment takes of this peer's room, with one microbatch at a time."""
-        plan = self._plan(self.sizes[index], 1, chained=True)
+        plan = self._plan([index], 1, chained=True)
         return plan.gpu_bytes if self.work.on_gpu else plan.main_bytes - plan.rows[0].num_bytes
 
-    def _plan(self, size: PartSize, in_flight: int, *, chained: bool) -> StagePlan:
-        train = self.run.train
+    def _plan(self, held: Iterable[int], in_flight: int, *, chained: bool) -> StagePlan:
+        sizes, train = [self.sizes[index] for index in held], self.run.train
         sequences = microbatch_sequences(self.run) if chained else train.batch_sequences
         work = replace(
             self.work, microbatch_sequences=sequences, microbatches_in_flight=in_flight if chained else 1,
             chained=chained,
         )
+        size = sum(sizes[1:], start=sizes[0])
         return plan_stage(size, work, main_limit_bytes=self.main_bytes, gpu_limit_bytes=self.gpu_bytes)
 
 
 def _size(fragment: FragmentSpec, vocabulary: int, *, is_last: bool) -> PartSize:
     numel = sum(torch.Size(tensor.shape).numel() for tensor in fragment.tensors)
     return PartSize(numel, fragment.blocks[1] - fragment.blocks[0], vocabulary if is_last else 0)
-
-
-def _work(fragments: Sequence[FragmentSpec]) -> tuple[float, ...]:
-    return tuple(float(fragment.blocks[1] - fragment.blocks[0]) for fragment in fragments)
-
-
-def _holders(run: RunConfig, statuses: Mapping[str, Status]) -> list[Holder]:
-    found = []
-    for peer_id, status in statuses.items():
-        held = sorted(status.held())
-        if held and len(status.heads) == run.fragments:
-            stage = held[0], held[-1] + 1
-            found.append(Holder(peer_id, stage, stage, 0, _speed(run, status)))
-    return found
-
-
-def _speed(run: RunConfig, status: Status) -> float:
-    """Fragments times tokens a second; what a peer does now, since what it could do nobody has measured."""
-    return max(1.0, status.tokens_per_s * run.fragments)
-
-
-def _usual_speed(run: RunConfig, statuses: Mapping[str, Status]) -> float:
-    speeds = [_speed(run, status) for status in statuses.values() if status.held()]
-    return statistics.median(speeds) if speeds else 1.0

@@ -204,7 +204,7 @@ def test_a_file_in_another_encoding_is_a_stated_error(tmp_path):
         (["--fragments", "0:257"], "there are no fragments from 0 to before 257"),
         (["--max-memory", "lots"], "6GB or 512MiB"),
         (["--max-memory", "6 parsecs"], "6GB or 512MiB"),
-        (["--max-memory", "100MB"], "--max-memory must be 500 MB or more"),
+        (["--max-memory", "100MB"], "--max-memory must be 400 MB or more"),
         (["--max-memory", "6"], "got 6 B"),
         (["--join-timeout-s", "nan"], "--join-timeout-s must be over 0"),
         (["--join-timeout-s", "0"], "--join-timeout-s must be over 0"),

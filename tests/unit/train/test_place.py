@@ -39,7 +39,10 @@ def holding(first: int, end: int, *, speed: float = 100.0) -> Status:
     run = run_with()
     head = Head(version=1, digest="a" * 64, tokens=5)
     heads = [head if first <= index < end else None for index in range(6)]
-    return Status(run_id=run.run_id, name="x", role="trainer", heads=heads, pending=[0] * 6, tokens_per_s=speed)
+    return Status(
+        run_id=run.run_id, name="x", role="trainer", heads=heads, pending=[0] * 6, tokens_per_s=speed,
+        serving=[first, end],
+    )
 
 
 def with_room(megabytes: int) -> dict[str, int]:
@@ -92,7 +95,26 @@ def test_where_not_even_one_fragment_fits_it_says_what_would_help() -> None:
     assert "gradients" in caught.value.why and "--max-memory" in caught.value.do
 
 
-def test_statuses_of_another_shape_do_not_count() -> None:
-    odd = holding(0, 3).model_copy(update={"heads": [None, Head(version=0, digest="b" * 64, tokens=0)]})
+def test_statuses_that_make_no_sense_do_not_count() -> None:
+    odd = holding(0, 3).model_copy(update={"serving": [0, 200]})
     first, end = place({"odd": odd, "whole": holding(1, 6)}, **with_room(60)).part
     assert first <= 0 < end
+
+
+def test_who_is_on_its_way_there_counts_and_who_leaves_does_not() -> None:
+    coming = holding(0, 0).model_copy(update={"serving": None, "target": [0, 3]})
+    first, end = place({"coming": coming, "a": holding(3, 4), "b": holding(4, 5)}, **with_room(60)).part
+    assert first <= 5 < end, "0 to 2 are cared for"
+    leaving = holding(3, 6).model_copy(update={"leaving": True})
+    first, end = place({"here": holding(0, 3), "leaving": leaving}, **with_room(60)).part
+    assert first >= 3 and end > first
+
+
+def test_the_planner_says_how_many_microbatches_fit_beside_any_fragments() -> None:
+    planner = place(**with_room(90)).planner
+    counts = [planner.in_flight(held) for held in ([1], [1, 4], [1, 3, 4], range(6))]
+    assert counts == sorted(counts, reverse=True) and counts[0] > counts[-1] == 0
+    assert planner.in_flight([1, 2]) == planner.in_flight([2, 4]), "wherever they are"
+    sizes = planner.fragments()
+    assert len(sizes) == 6 and sizes.work == (1.0,) * 6
+    assert sizes.sizes_bytes[1] <= planner.room_bytes() <= 90 * MB + PROGRAM_BYTES
