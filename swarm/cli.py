@@ -44,6 +44,10 @@ _HELP: dict[str, dict[str, tuple[str, str]]] = {
         "threads": ("N", "CPU threads for training; 0: torch decides"),
         "fragments": ("A:B", "which fragments of the model to hold: those from A to before B, counted from 0, or auto"),
         "max_memory": ("SIZE", "how much memory to take at most, such as 6GB (default: what is free)"),
+        "spare_disk": (
+            "SIZE", "disk for spare copies of what others hold, so that it outlives them; 0: none (default: a tenth of "
+            "what is free, 20GB at most)",
+        ),
         "listen": (_MADDR, "addresses to listen on (default: a free TCP port, kept for the next start)"),
         "announce": (_MADDR, "addresses to tell others, where they differ, as with port forwarding"),
         "no_introductions": ("", "do not help peers behind closed routers to find each other"),
@@ -57,6 +61,7 @@ _FIELDS = {f.name: f for f in dataclasses.fields(PeerConfig)}
 _CHOICES = {"role": ("trainer", "rendezvous"), "ui": ("auto", "plain", "live", "json")}
 _READ: dict[str, Callable[[str], Any]] = {
     "join_timeout_s": float, "until_tokens": parse_count, "threads": parse_count, "max_memory": parse_bytes,
+    "spare_disk": parse_bytes,
 }  # fmt: skip
 
 

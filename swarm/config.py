@@ -153,6 +153,9 @@ class PeerConfig:
     """which of the run's fragments to hold: auto, or A:B for those from A to before B"""
     max_memory: int | None = None
     """bytes this peer may take, of main memory and of the GPU's each; default: what is free"""
+    spare_disk: int | None = None
+    """bytes of the disk for spare copies of fragments that others hold, 0: none; default: a tenth of what is free,
+    20 GB at most"""
     listen: list[str] = field(default_factory=list)
     """multiaddresses to listen on; default: a free TCP port on every interface, kept for the next start"""
     announce: list[str] = field(default_factory=list)
