@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from scripts.local_swarm import LocalPeer, LocalSwarm
-from tests.swarm.support import GPTJ, write_run
+from tests.swarm.support import GPTJ, Swarm, write_run
 from tests.swarm.test_faults import Watch, assert_gone, kill, ready, rounds_go_on
 
 
@@ -41,7 +41,7 @@ def test_three_stages_with_two_holders_each_learn_and_outlive_their_peers(tmp_pa
     """A middle holder, a last one and the first peer of all are killed, one by one; others take their place."""
     watch = Watch()
     stages = ["0:1", "1:3", "3:4", "0:1", "1:3", "3:4"]
-    with LocalSwarm(tmp_path, on_event=watch) as swarm:
+    with Swarm(tmp_path, on_event=watch) as swarm:
         start(swarm, four_fragments(tmp_path), stages)
         swarm.wait_for(
             lambda: set(watch.newest) == {0, 1, 2, 3}, timeout_s=90, what="a round of every fragment"
@@ -70,7 +70,7 @@ def test_three_stages_with_two_holders_each_learn_and_outlive_their_peers(tmp_pa
 @pytest.mark.timeout(300)
 def test_a_peer_that_fits_the_first_fragment_trains_through_whole_peers(tmp_path: Path) -> None:
     watch = Watch()
-    with LocalSwarm(tmp_path, on_event=watch) as swarm:
+    with Swarm(tmp_path, on_event=watch) as swarm:
         start(swarm, four_fragments(tmp_path), ["auto", "0:1", "2:4"])
         _, small, tail = swarm.peers
         swarm.wait_for(lambda: set(watch.newest) == {0, 1, 2, 3}, timeout_s=90, what="a round of every fragment")
@@ -89,7 +89,7 @@ def test_a_peer_says_what_nobody_holds_and_that_it_is_over(tmp_path: Path) -> No
         if event["event"] == "warning" and peer.number == 0:
             said.append(str(event["text"]))
 
-    with LocalSwarm(tmp_path, on_event=listen) as swarm:
+    with Swarm(tmp_path, on_event=listen) as swarm:
         start(swarm, four_fragments(tmp_path), ["0:2"])
         swarm.wait_for(lambda: bool(said), timeout_s=30, what="a word")
         assert said == ["nobody here holds fragment 2, 3: microbatches wait for a peer that does (--fragments A:B)"]

@@ -287,9 +287,9 @@ def play(story: Coroutine[Any, Any, None]) -> None:
     try:
         loop.run_until_complete(story)
     finally:
-        left = asyncio.all_tasks(loop)
-        for task in left:
-            task.cancel()
-        if left:
+        while left := asyncio.all_tasks(loop):  # what ends may begin something in its turn, such as to forget its work
+            loop.run_until_complete(asyncio.sleep(0))  # one that never ran a line would leave what it awaits unawaited
+            for task in left:
+                task.cancel()
             loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))
         loop.close()
