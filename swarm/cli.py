@@ -22,7 +22,6 @@ import yaml
 
 from swarm.config import PeerConfig, RunConfig
 from swarm.errors import ConfigError
-from swarm.host.memory import PROGRAM_BYTES
 from swarm.units import format_bytes, maddr_problem, parse_bytes, parse_count, printable
 
 RUN_ID_PATTERN = r"[a-z0-9][a-z0-9-]{0,39}-[0-9a-f]{12}"
@@ -64,6 +63,10 @@ _READ: dict[str, Callable[[str], Any]] = {
     "join_timeout_s": float, "until_tokens": parse_count, "threads": parse_count, "max_memory": parse_bytes,
     "spare_disk": parse_bytes,
 }  # fmt: skip
+
+
+MIN_MEMORY_BYTES = 400_000_000
+"""the program itself takes that; see host/memory.py"""
 
 
 def parse(argv: Sequence[str], environ: Mapping[str, str]) -> PeerConfig:
@@ -307,9 +310,9 @@ def _check(config: PeerConfig, sources: dict[str, str]) -> None:
             False, "fragments", "must be auto or A:B", do="--fragments 0:2 holds the first two",
             why=f"{error}; into how many the model is cut is decided by the swarm, which of them you hold by you",
         )  # fmt: skip
-    enough = config.max_memory is None or config.max_memory >= PROGRAM_BYTES
+    enough = config.max_memory is None or config.max_memory >= MIN_MEMORY_BYTES
     got = "" if config.max_memory is None else f"got {format_bytes(config.max_memory)}; the program itself needs that"
-    need(enough, "max_memory", f"must be {format_bytes(PROGRAM_BYTES)} or more", why=got)
+    need(enough, "max_memory", f"must be {format_bytes(MIN_MEMORY_BYTES)} or more", why=got)
     need(0 < config.join_timeout_s <= 86_400, "join_timeout_s", "must be over 0 and at most 86400 seconds")
     need(config.home.strip() != "", "home", "must be a folder")
     name = config.name
