@@ -9,7 +9,7 @@ import pytest
 from scripts.local_swarm import LocalPeer, LocalSwarm
 from swarm.network.records import Head
 from swarm.train import state_file
-from tests.swarm.support import GPTJ, write_run
+from tests.swarm.support import GPTJ, Swarm, write_run
 from tests.swarm.test_faults import Watch, assert_gone, kill, rounds_go_on
 
 STAGES = ("0:1", "1:2", "2:3")
@@ -58,7 +58,7 @@ def spares(peer: LocalPeer) -> dict[int, Head]:
 @pytest.mark.timeout(300)
 def test_the_only_holder_of_the_middle_is_killed_and_a_newcomer_with_an_empty_home_goes_on(tmp_path: Path) -> None:
     watch = Words()
-    with LocalSwarm(tmp_path, on_event=watch) as swarm:
+    with Swarm(tmp_path, on_event=watch) as swarm:
         first, victim, last = start(swarm, three_fragments(tmp_path))
         swarm.wait_for(
             lambda: all(1 in spares(peer) and spares(peer)[1].version >= 2 for peer in (first, last)), timeout_s=120,
@@ -87,7 +87,7 @@ def test_the_only_holder_of_the_middle_is_killed_and_a_newcomer_with_an_empty_ho
 @pytest.mark.timeout(300)
 def test_who_gives_no_disk_keeps_no_copy_and_a_lost_fragment_is_named_in_capitals(tmp_path: Path) -> None:
     watch = Words()
-    with LocalSwarm(tmp_path, on_event=watch) as swarm:
+    with Swarm(tmp_path, on_event=watch) as swarm:
         first, victim, last = start(swarm, three_fragments(tmp_path), "--spare-disk", "0")
         swarm.wait_for(lambda: set(watch.newest) == {0, 1, 2}, timeout_s=90, what="a round of every fragment")
         rounds_go_on(swarm, watch, by=3)
