@@ -71,12 +71,15 @@ class Guest:
         while True:
             missing = gaps(self._holders(), self.shape.num_fragments)
             if not missing:
-                complete_at = clock()
                 try:
                     return await self.onward.rest(Handover(microbatch), body)
-                except NetworkError:
-                    if clock() - began > PATIENCE_S:
-                        raise
+                except NetworkError as error:
+                    complete_at = clock()
+                    if complete_at - began > PATIENCE_S:
+                        raise NetworkError(
+                            "the swarm did not answer", why=str(error),
+                            do="try again later; scripts/monitor.py shows who is there",
+                        ) from None
             elif clock() - complete_at > GAP_S:
                 raise StateError(
                     f"nobody here holds fragment {', '.join(map(str, missing))}",
