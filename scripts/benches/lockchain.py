@@ -69,9 +69,9 @@ class LockChain:
         self, run: RunConfig, edges: Sequence[int], tokens: torch.Tensor, *, bits: int, back_bits: int | None = None,
         num_holders: int = 1, num_origins: int = 1, start: Weights | None = None, before: int = 0,
     ) -> None:
-        """`back_bits`: as `bits` by default. `start`: weights to go on from, trained on `before` tokens; None: those of the
-        run. With one holder and several origins an inner step has the batches of all of them, and there is nothing to
-        average."""
+        """`back_bits`: as `bits` by default. `start`: weights to go on from, trained on `before` tokens; None: the
+        run's own. With one holder and several origins an inner step has the batches of all of them, and there is
+        nothing to average."""
         self.run, self.tokens, self._bits, self._back_bits = run, before, bits, back_bits or bits
         if start is None:
             start = {index: state.weights for index, state in hold(run).states.items()}
