@@ -63,15 +63,16 @@ class StageHolder:
 
 
 class LockChain:
-    """`edges`: where the model is cut, such as [0, 2, 4]; `bits`: of what is sent on, both ways."""
+    """`edges`: where the model is cut, such as [0, 2, 4]; `bits`: of what is sent on, `back_bits` of its gradient."""
 
     def __init__(
-        self, run: RunConfig, edges: Sequence[int], tokens: torch.Tensor, *, bits: int, num_holders: int = 1,
-        num_origins: int = 1, start: Weights | None = None, before: int = 0,
+        self, run: RunConfig, edges: Sequence[int], tokens: torch.Tensor, *, bits: int, back_bits: int | None = None,
+        num_holders: int = 1, num_origins: int = 1, start: Weights | None = None, before: int = 0,
     ) -> None:
-        """`start`: weights to go on from, trained on `before` tokens; None: the run's own. With one holder and several
-        origins an inner step has the batches of all of them, and there is nothing to average."""
-        self.run, self.tokens, self._bits = run, before, bits
+        """`back_bits`: as `bits` by default. `start`: weights to go on from, trained on `before` tokens; None: the
+        run's own. With one holder and several origins an inner step has the batches of all of them, and there is
+        nothing to average."""
+        self.run, self.tokens, self._bits, self._back_bits = run, before, bits, back_bits or bits
         if start is None:
             start = {index: state.weights for index, state in hold(run).states.items()}
         batch = run.train.batch_sequences * (num_origins if num_holders == 1 else 1)
@@ -114,19 +115,15 @@ class LockChain:
         values = tokens
         for here in path[:-1]:
             left = here.compute.forward(key, values, start=here.start, end=here.end, tokens=tokens.numel())
-            values = self._sent(left)
+            values = sent(left, self._bits)
         loss, gradient = path[-1].compute.loss(key, values, tokens, start=path[-1].start, end=path[-1].end)
         for here in reversed(path[:-1]):
             assert gradient is not None
-            gradient = here.compute.backward(key, self._sent(gradient))
+            gradient = here.compute.backward(key, sent(gradient, self._back_bits))
         for here in path:
             here.compute.commit(key)
             here.steps.take_due()
         return loss
-
-    def _sent(self, values: torch.Tensor) -> torch.Tensor:
-        """What the receiver sees."""
-        return wire.decode_values(wire.encode_values(values, self._bits), tuple(values.shape), self._bits)
 
     def _holders(self, index: int) -> list[StageHolder]:
         return [holder for stage in self.stages for holder in stage if holder.start <= index < holder.end]
@@ -155,6 +152,11 @@ class LockChain:
         for stage in self.stages:
             found |= stage[0].working()
         return found
+
+
+def sent(values: torch.Tensor, bits: int) -> torch.Tensor:
+    """What the receiver sees."""
+    return wire.decode_values(wire.encode_values(values, bits), tuple(values.shape), bits)
 
 
 def start_state(index: int, weights: torch.Tensor, tokens: int, num_buffers: int) -> GlobalState:

@@ -1,6 +1,6 @@
 """Do stages cost quality? Held-out loss, same seeds, same tokens, everything in one process (benches/lockchain.py).
 
-    links    one holder a stage: int8 between the stages against fp32
+    links    one holder a stage: int8 between the stages, or int4 forward and int8 back, against fp32
     mixed    from a checkpoint: several holders a stage, a random one for each microbatch, local steps and a round of
              each fragment after 20 of them, against one process whose inner steps have the batches of all origins
 """
@@ -32,6 +32,8 @@ NUM_HOLDERS = 3
 LOCAL_STEPS = 20
 """inner steps of a holder between two rounds of a fragment"""
 INT8 = 8
+LINKS = {"fp32": (FP32, FP32), "int8": (INT8, INT8), "int4": (4, INT8)}
+"""bits of activations, and of their gradients"""
 BASE_TOKENS, MORE_TOKENS = 400_000, 600_000
 """of the checkpoint, and after it"""
 QUICK_TOKENS = 4_096
@@ -59,11 +61,12 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     if options.quick:
         link_tokens, base, more, seeds = QUICK_TOKENS, QUICK_TOKENS, QUICK_TOKENS, 1
     text = Text(run, num_sequences=QUICK_SEQUENCES if options.quick else HELD_OUT_SEQUENCES)
-    found: dict[str, list[float]] = {name: [] for name in ("fp32", "int8", "checkpoint", "one process", "mixed")}
+    found: dict[str, list[float]] = {name: [] for name in (*LINKS, "checkpoint", "one process", "mixed")}
     for seed in range(seeds):
         own = dataclasses.replace(run, seed=run.seed + seed)
-        for name, bits in (("fp32", FP32), ("int8", INT8)):
-            found[name].append(text.loss(own, links(own, text.tokens, bits=bits, total=link_tokens)))
+        for name, (bits, back_bits) in LINKS.items():
+            weights = links(own, text.tokens, bits=bits, back_bits=back_bits, total=link_tokens)
+            found[name].append(text.loss(own, weights))
         mixed_run = schedule_of(own, train={"total_tokens": base + more})
         start = trained(LockChain(mixed_run, [0, run.fragments], text.tokens, bits=FP32), until=base)
         found["checkpoint"].append(text.loss(own, start))
@@ -73,6 +76,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         print("  seed", own.seed, {name: round(values[-1], 4) for name, values in found.items()}, flush=True)
     rows = [
         row("links int8", found["int8"], "links fp32", found["fp32"]),
+        row("links int4 forward, int8 back", found["int4"], "links fp32", found["fp32"]),
         row(f"mixed stages, H = {LOCAL_STEPS}", found["mixed"], "one process", found["one process"]),
     ]
     return {
@@ -104,9 +108,11 @@ class Text:
         return held_out_loss(held.model, self._sequences)
 
 
-def links(run: RunConfig, tokens: torch.Tensor, *, bits: int, total: int) -> dict[int, torch.Tensor]:
+def links(
+    run: RunConfig, tokens: torch.Tensor, *, bits: int, back_bits: int, total: int
+) -> dict[int, torch.Tensor]:
     own = schedule_of(run, train={"total_tokens": total})
-    return trained(LockChain(own, EDGES, tokens, bits=bits), until=total)
+    return trained(LockChain(own, EDGES, tokens, bits=bits, back_bits=back_bits), until=total)
 
 
 def continued(

@@ -35,6 +35,7 @@ from typing import Any
 import torch
 
 from swarm.errors import NetworkError, PeerRefused
+from swarm.model.prefix import after_prefix
 from swarm.network import records
 from swarm.network.link import Answer, Link
 from swarm.pipeline import admission, onward, wire
@@ -164,13 +165,16 @@ class Chain:
     # -- what this peer does ----------------------------------------------------------------------------------------
 
     async def begin_own(
-        self, number: int, tokens: torch.Tensor, *, train: bool = True, version: int = 0
+        self, number: int, tokens: torch.Tensor, *, train: bool = True, version: int = 0,
+        prefixes: Sequence[int] = (), loss_on_prefix: bool = False,
     ) -> Gradient:
-        """The answer to a microbatch of this peer's own. `tokens`: int64 [sequences, length]. Raises PeerRefused where
-        nobody can go on with it; asking again goes on from there."""
+        """The answer to a microbatch of this peer's own. `tokens`: int64 [sequences, length]; `prefixes`: how many at
+        the beginning of each sequence see each other, not all (none: all are causal), and whether their loss counts.
+        Raises PeerRefused where nobody can go on with it; asking again goes on from there."""
         microbatch = Microbatch(
             origin=self._me, number=number, start=0, sequences=tokens.shape[0], length=tokens.shape[1],
-            bits=self._bits, back_bits=self._back_bits, train=train, version=version,
+            bits=self._bits, back_bits=self._back_bits, train=train, version=version, prefixes=list(prefixes),
+            loss_on_prefix=loss_on_prefix,
         )
         entry = self._entries.get(microbatch.key) or self._begin(microbatch, lambda: (tokens, None))
         assert entry.task is not None
@@ -231,11 +235,14 @@ class Chain:
                 entered = tokens if values is None else values
                 if asked.logits:
                     logits = self._compute.logits(
-                        asked.key, entered, start=asked.start, end=entry.end, positions=asked.logits
+                        entered, start=asked.start, end=entry.end, positions=asked.logits, prefixes=asked.prefixes
                     )
                     return 0.0, wire.encode_values(logits, 32)
+                skipped = asked.prefixes and not asked.loss_on_prefix
+                targets = after_prefix(tokens, torch.tensor(asked.prefixes)) if skipped else tokens
                 loss, gradient = self._compute.loss(
-                    asked.key, entered, tokens, start=asked.start, end=entry.end, keep=asked.train
+                    asked.key, entered, targets, start=asked.start, end=entry.end, keep=asked.train,
+                    prefixes=asked.prefixes,
                 )
                 return loss, b"" if gradient is None else wire.encode_values(gradient, asked.back_bits)
 
@@ -247,7 +254,7 @@ class Chain:
                 tokens, values = read()
                 left = self._compute.forward(
                     asked.key, tokens if values is None else values, start=asked.start, end=entry.end,
-                    tokens=asked.tokens, keep=asked.train,
+                    tokens=asked.tokens, keep=asked.train, prefixes=asked.prefixes,
                 )
                 ids = wire.encode_tokens(tokens, vocabulary=self.shape.vocabulary)
                 return ids + wire.encode_values(left, self._bits)

@@ -15,17 +15,19 @@ Gradients wait, apart from each other, until the microbatch's origin has said wh
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch.func import functional_call
 
 from swarm.errors import PeerRefused
 from swarm.model.fragments import FragmentSpec
+from swarm.model.prefix import num_targets, prefix_mask
 from swarm.model.stage import Stage
-from swarm.pipeline.pieces import Pieces, share, spans
+from swarm.pipeline.pieces import Pieces, spans
 
 
 @dataclass
@@ -49,7 +51,9 @@ class _Graph:
     entered: torch.Tensor
     """token ids at fragment 0, else hidden states, on the stage's device"""
     targets: torch.Tensor | None
-    """token ids, where the loss is computed here"""
+    """token ids (or IGNORED), where the loss is computed here"""
+    prefixes: torch.Tensor | None
+    """int64 [sequences], where they are not causal throughout"""
     weights: _Weights
     tokens: int
     left: torch.Tensor | None = None
@@ -59,6 +63,11 @@ class _Graph:
     def begins(self) -> bool:
         """It takes token ids, which have no gradient."""
         return 0 in self.fragments
+
+    def share(self, span: slice) -> float:
+        """These sequences' part of the mean loss: by the targets in them."""
+        assert self.targets is not None
+        return num_targets(self.targets[span]) / num_targets(self.targets)
 
 
 @dataclass
@@ -108,38 +117,39 @@ class StageCompute:
     # -- microbatches -----------------------------------------------------------------------------------------------
 
     def forward(
-        self, key: Hashable, values: torch.Tensor, *, start: int, end: int, tokens: int, keep: bool = True
+        self, key: Hashable, values: torch.Tensor, *, start: int, end: int, tokens: int, keep: bool = True,
+        prefixes: Sequence[int] = (),
     ) -> torch.Tensor:
         """Hidden states [sequences, length, hidden] after fragments [start, end), fp32 on the CPU.
 
         `values`: token ids [sequences, length] at fragment 0, else hidden states. `keep`: there will be a backward.
+        `prefixes`: tokens at the beginning of each sequence that see each other; none: all are causal.
         """
-        entered = values.to(self._device)
-        graph = self._graph(start, end, entered, None, tokens)
+        graph = self._graph(start, end, values, None, prefixes, tokens=tokens)
 
         def compute(at_once: int) -> torch.Tensor:
-            if at_once == len(entered) and keep:
-                graph.entered = _leaf(entered, graph)
-                graph.left = self._run(graph, graph.entered, None, learns=True)
+            graph.left, parts = None, spans(len(values), at_once)
+            if keep and len(parts) == 1:
+                graph.entered = _leaf(graph.entered, graph)
+                graph.left = self._run(graph, parts[0], graph.entered, learns=True)
                 return graph.left.detach().to("cpu", torch.float32)
-            pieces = [entered[span] for span in spans(len(entered), at_once)]
-            left = (self._run(graph, piece, None, learns=keep, grad=False) for piece in pieces)
+            left = (self._run(graph, span, graph.entered[span], learns=keep, grad=False) for span in parts)
             return torch.cat([piece.to("cpu", torch.float32) for piece in left])
 
-        found = self.pieces.as_it_fits(len(entered), compute)
+        found = self.pieces.as_it_fits(len(values), compute)
         if keep:
             graph.weights.users += 1
             self._graphs[key] = graph
         return found
 
     def loss(
-        self, key: Hashable, values: torch.Tensor, targets: torch.Tensor, *, start: int, end: int, keep: bool = True
+        self, key: Hashable, values: torch.Tensor, targets: torch.Tensor, *, start: int, end: int, keep: bool = True,
+        prefixes: Sequence[int] = (),
     ) -> tuple[float, torch.Tensor | None]:
-        """(mean loss in nats a token, gradient of what came in, fp32 on the CPU): the last stage's forward and
-        backward at once. `targets`: the microbatch's token ids [sequences, length]. The gradient is None at fragment 0
-        and without `keep`."""
-        entered, targets = values.to(self._device), targets.to(self._device)
-        graph = self._graph(start, end, entered, targets, targets.numel())
+        """(mean loss in nats a target, gradient of what came in, fp32 on the CPU): the last stage's forward and
+        backward at once. `targets`: the microbatch's token ids [sequences, length], IGNORED where no loss is taken. The
+        gradient is None at fragment 0 and without `keep`."""
+        graph = self._graph(start, end, values, targets, prefixes, tokens=targets.numel())
         if keep:
             graph.weights.users += 1
             found = self._back(key, graph, None)
@@ -147,24 +157,24 @@ class StageCompute:
 
         def compute(at_once: int) -> float:
             total = 0.0
-            for span in spans(len(entered), at_once):
-                loss = self._run(graph, entered[span], targets[span], learns=False, grad=False)
-                total += float(loss) * share(span, len(entered))
+            for span in spans(len(values), at_once):
+                loss = self._run(graph, span, graph.entered[span], learns=False, grad=False)
+                total += float(loss) * graph.share(span)
             return total
 
-        return self.pieces.as_it_fits(len(entered), compute), None
+        return self.pieces.as_it_fits(len(values), compute), None
 
     def logits(
-        self, key: Hashable, values: torch.Tensor, *, start: int, end: int, positions: int
+        self, values: torch.Tensor, *, start: int, end: int, positions: int, prefixes: Sequence[int] = ()
     ) -> torch.Tensor:
         """The last stage's logits of so many last positions of each sequence [sequences, positions, vocabulary], fp32
         on the CPU. Nothing is kept."""
-        graph = self._graph(start, end, values.to(self._device), None, 0)
+        graph = self._graph(start, end, values, None, prefixes, tokens=0)
 
         def compute(at_once: int) -> torch.Tensor:
-            pieces = [graph.entered[span] for span in spans(len(values), at_once)]
-            left = (self._run(graph, piece, None, learns=False, grad=False)[:, -positions:] for piece in pieces)
-            return torch.cat([piece.to("cpu", torch.float32) for piece in left])
+            parts = spans(len(values), at_once)
+            left = (self._run(graph, span, graph.entered[span], learns=False, grad=False) for span in parts)
+            return torch.cat([piece[:, -positions:].to("cpu", torch.float32) for piece in left])
 
         return self.pieces.as_it_fits(len(values), compute)
 
@@ -222,14 +232,18 @@ class StageCompute:
     # ---------------------------------------------------------------------------------------------------------------
 
     def _graph(
-        self, start: int, end: int, entered: torch.Tensor, targets: torch.Tensor | None, tokens: int
+        self, start: int, end: int, values: torch.Tensor, targets: torch.Tensor | None, prefixes: Sequence[int], *,
+        tokens: int,
     ) -> _Graph:
         """Raises PeerRefused where the stage has changed since the microbatch came."""
         fragments = {index: self.fragments[index] for index in range(start, end) if index in self.fragments}
         blocks = [fragment.blocks for fragment in fragments.values()]
         if len(blocks) < end - start or blocks[0][0] < self._stage.start or blocks[-1][1] > self._stage.end:
             raise PeerRefused(f"fragments {start}:{end} are not served here any more")
-        return _Graph(fragments, entered, targets, self._current(), tokens)
+        return _Graph(
+            fragments, values.to(self._device), None if targets is None else targets.to(self._device),
+            torch.tensor(prefixes, device=self._device) if prefixes else None, self._current(), tokens,
+        )
 
     def _back(self, key: Hashable, graph: _Graph, gradient: torch.Tensor | None) -> _Found:
         """Backward of a microbatch, which is `key`'s from now on. `gradient`: of what left; None: that was the loss."""
@@ -243,10 +257,9 @@ class StageCompute:
                 return found
             for span in spans(len(graph.entered), at_once):
                 entered = _leaf(graph.entered[span], graph)
-                targets = None if graph.targets is None else graph.targets[span]
-                left = self._run(graph, entered, targets, learns=True)
+                left = self._run(graph, span, entered, learns=True)
                 if gradient is None:
-                    of_all = share(span, len(graph.entered))
+                    of_all = graph.share(span)
                     self._add(found, graph, entered, left, torch.tensor(of_all, device=self._device))
                     found.loss += float(left.detach()) * of_all
                 else:
@@ -280,16 +293,19 @@ class StageCompute:
                 sums[name] = sums[name].add_(values) if name in sums else values
 
     def _run(
-        self, graph: _Graph, entered: torch.Tensor, targets: torch.Tensor | None, *, learns: bool, grad: bool = True
+        self, graph: _Graph, span: slice, entered: torch.Tensor, *, learns: bool, grad: bool = True
     ) -> torch.Tensor:
-        """What the stage makes of some sequences of a microbatch; with `targets`, their mean loss. Without `learns`
-        there is no dropout."""
+        """What the stage makes of these sequences of a microbatch, which came in as `entered`; where there are targets,
+        their mean loss. Without `learns` there is no dropout."""
         stage, held = graph.weights.stage, list(graph.fragments.values())
-        blocks = {"start": held[0].blocks[0], "end": held[-1].blocks[1]}
+        how: dict[str, Any] = {"start": held[0].blocks[0], "end": held[-1].blocks[1]}
         inside = {f"model.{name}": leaf for name, leaf in graph.weights.leaves.items()}
+        if graph.prefixes is not None:
+            dtype = next(iter(graph.weights.leaves.values())).dtype
+            how["attention_mask"] = prefix_mask(graph.prefixes[span], entered.shape[1], dtype=dtype)
         with torch.set_grad_enabled(grad), _dropout(stage, learns):
-            left: torch.Tensor = functional_call(stage, inside, (entered,), blocks)
-            return left if targets is None else stage.mean_loss(left, targets)
+            left: torch.Tensor = functional_call(stage, inside, (entered,), how)
+            return left if graph.targets is None else stage.mean_loss(left, graph.targets[span])
 
     def _current(self) -> _Weights:
         if self._weights is None:

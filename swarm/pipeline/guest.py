@@ -44,20 +44,23 @@ class Guest:
         answer, _ = await self._ask(self._microbatch(tokens, logits=0), tokens)
         return answer.loss
 
-    async def logits(self, tokens: torch.Tensor, *, positions: int = 1) -> torch.Tensor:
+    async def logits(
+        self, tokens: torch.Tensor, *, positions: int = 1, prefixes: Sequence[int] = ()
+    ) -> torch.Tensor:
         """fp32 [sequences, positions, vocabulary] of the last positions of int64 [sequences, length]. Raises as `loss`
-        does, and BadMessage where they are more than an answer may hold."""
-        microbatch = self._microbatch(tokens, logits=positions)
+        does, and BadMessage where they are more than an answer may hold. `prefixes`: tokens at the beginning of each
+        sequence that see each other, as the model was trained with."""
+        microbatch = self._microbatch(tokens, logits=positions, prefixes=prefixes)
         _, body = await self._ask(microbatch, tokens)
         return wire.decode_logits(body, microbatch, vocabulary=self.shape.vocabulary)
 
     async def stop(self) -> None:
         await self.onward.stop()
 
-    def _microbatch(self, tokens: torch.Tensor, *, logits: int) -> Microbatch:
+    def _microbatch(self, tokens: torch.Tensor, *, logits: int, prefixes: Sequence[int] = ()) -> Microbatch:
         return Microbatch(
             origin=self._me, number=next(self._numbers), start=0, sequences=tokens.shape[0], length=tokens.shape[1],
-            train=False, logits=logits,
+            train=False, logits=logits, prefixes=list(prefixes),
         )
 
     async def _ask(self, microbatch: Microbatch, tokens: torch.Tensor) -> tuple[Gradient, bytes]:
@@ -68,12 +71,15 @@ class Guest:
         while True:
             missing = gaps(self._holders(), self.shape.num_fragments)
             if not missing:
-                complete_at = clock()
                 try:
                     return await self.onward.rest(Handover(microbatch), body)
-                except NetworkError:
-                    if clock() - began > PATIENCE_S:
-                        raise
+                except NetworkError as error:
+                    complete_at = clock()
+                    if complete_at - began > PATIENCE_S:
+                        raise NetworkError(
+                            "the swarm did not answer", why=str(error),
+                            do="try again later; scripts/monitor.py shows who is there",
+                        ) from None
             elif clock() - complete_at > GAP_S:
                 raise StateError(
                     f"nobody here holds fragment {', '.join(map(str, missing))}",

@@ -54,6 +54,10 @@ class Microbatch(Strict):
     """False: only the loss, or logits, are wanted; nothing is learnt and nothing kept"""
     logits: Annotated[int, Field(ge=0, le=MAX_POSITIONS)] = 0
     """of so many last positions of each sequence are wanted, in place of the loss"""
+    prefixes: Annotated[list[Annotated[int, Field(ge=0, le=MAX_LENGTH)]], Field(max_length=MAX_SEQUENCES)] = []
+    """tokens at the beginning of each sequence that see each other; none: all are causal"""
+    loss_on_prefix: bool = False
+    """else the loss is the mean over what comes after"""
     version: Annotated[int, Field(ge=0, le=2**40)] = 0
     """no fragment may be older than this (`sync` runs: one version a step)"""
     known: Annotated[list[Hop], Field(max_length=MAX_HOPS)] = []
@@ -65,6 +69,11 @@ class Microbatch(Strict):
             raise ValueError("logits are not trained on")
         if not self.logits and self.length < 2:
             raise ValueError("one token says nothing of a next one")
+        if self.prefixes and len(self.prefixes) != self.sequences:
+            raise ValueError("as many prefixes as sequences, or none")
+        # one that is all of its sequence leaves nothing to take a loss of; to be asked what comes next it may be
+        if any(prefix >= self.length + bool(self.logits) for prefix in self.prefixes):
+            raise ValueError("a prefix that is as long as its sequence")
         return self
 
     @property

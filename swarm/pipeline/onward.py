@@ -161,7 +161,8 @@ class Onward:
         began = clock()
         size = wire.answer_bytes(microbatch, vocabulary=self._shape.vocabulary, hidden=self._shape.hidden)
         call = asyncio.ensure_future(self._calls.call(
-            here.peer_id, "microbatch", microbatch.model_dump(), body, deadline_s=CALL_S, max_answer=size
+            here.peer_id, "microbatch", microbatch.model_dump(exclude_defaults=True), body, deadline_s=CALL_S,
+            max_answer=size,
         ))
         try:
             while not call.done():

@@ -35,9 +35,3 @@ class Pieces:
 
 def spans(sequences: int, at_once: int) -> list[slice]:
     return [slice(first, min(first + at_once, sequences)) for first in range(0, sequences, at_once)]
-
-
-def share(span: slice, sequences: int) -> float:
-    """Of a mean over all sequences, which are equally long."""
-    length: int = span.stop - span.start
-    return length / sequences

@@ -82,6 +82,9 @@ def test_int8_between_stages_is_what_the_codec_makes_of_it_both_ways(
     assert losses[0] == pytest.approx(losses[1], abs=1e-2) and losses[0] != losses[1]
     assert sizes == [FP32] * 8 + [8] * 8, "there and back for each of four microbatches"
     assert not torch.equal(exact.weights()[0], rough.weights()[0])
+    sizes.clear()
+    LockChain(run, (0, 2, 4), tokens, bits=4, back_bits=8).step()
+    assert sizes == [4, 8] * 4
 
 
 def test_holders_of_a_stage_share_the_microbatches_and_agree_after_a_round(
@@ -132,8 +135,9 @@ def test_the_benchmark_at_its_smallest(tmp_path: Path, monkeypatch: pytest.Monke
         run=str(file), set=[], seed=3, quick=True, seeds=3, link_tokens=10**9, mixed_tokens=[10**9, 10**9]
     )
     result = pipeline_loss.measure(options)
-    links, mixed = result["rows"]
+    links, coarse, mixed = result["rows"]
     assert abs(links["median_gap_percent"]) < 1 and len(links["gap_percent"]) == 1
+    assert abs(coarse["median_gap_percent"]) < 3
     assert mixed["loss"]["median"] < result["losses"]["checkpoint"][0]
     text = pipeline_loss.table(result)
     assert "| mixed stages, H = 20 |" in text and "1,500 tokens after a checkpoint of 1,500" in text

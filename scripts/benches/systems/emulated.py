@@ -8,7 +8,7 @@ can be as wide as those of a model that no two cores could run. Everything else 
 from __future__ import annotations
 
 import time
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,19 +32,21 @@ class Padded(StageCompute):
     times = Times(0.0, 0.0)
 
     def forward(
-        self, key: Hashable, values: torch.Tensor, *, start: int, end: int, tokens: int, keep: bool = True
+        self, key: Hashable, values: torch.Tensor, *, start: int, end: int, tokens: int, keep: bool = True,
+        prefixes: Sequence[int] = (),
     ) -> torch.Tensor:
         until = time.monotonic() + self.times.forward_s * (end - start)
-        left = super().forward(key, values, start=start, end=end, tokens=tokens, keep=keep)
+        left = super().forward(key, values, start=start, end=end, tokens=tokens, keep=keep, prefixes=prefixes)
         sleep_until(until)
         return left
 
     def loss(
-        self, key: Hashable, values: torch.Tensor, targets: torch.Tensor, *, start: int, end: int, keep: bool = True
+        self, key: Hashable, values: torch.Tensor, targets: torch.Tensor, *, start: int, end: int, keep: bool = True,
+        prefixes: Sequence[int] = (),
     ) -> tuple[float, torch.Tensor | None]:
         """The forward's time and the backward's."""
         until = time.monotonic() + (self.times.forward_s + self.times.backward_s * keep) * (end - start)
-        found = super().loss(key, values, targets, start=start, end=end, keep=keep)
+        found = super().loss(key, values, targets, start=start, end=end, keep=keep, prefixes=prefixes)
         sleep_until(until)
         return found
 
@@ -75,7 +77,8 @@ class Emulated(StageCompute):
         return len(self._under_way) + len(self._pending)
 
     def forward(
-        self, key: Hashable, values: torch.Tensor, *, start: int, end: int, tokens: int, keep: bool = True
+        self, key: Hashable, values: torch.Tensor, *, start: int, end: int, tokens: int, keep: bool = True,
+        prefixes: Sequence[int] = (),
     ) -> torch.Tensor:
         time.sleep(self.times.forward_s * (end - start))
         if keep:
@@ -83,7 +86,8 @@ class Emulated(StageCompute):
         return values if start else self._embedded(tuple(values.shape))
 
     def loss(
-        self, key: Hashable, values: torch.Tensor, targets: torch.Tensor, *, start: int, end: int, keep: bool = True
+        self, key: Hashable, values: torch.Tensor, targets: torch.Tensor, *, start: int, end: int, keep: bool = True,
+        prefixes: Sequence[int] = (),
     ) -> tuple[float, torch.Tensor | None]:
         left = self.forward(key, values, start=start, end=end, tokens=targets.numel(), keep=keep)
         return 1.0, self.backward(key, left) if keep else None

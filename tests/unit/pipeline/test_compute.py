@@ -148,7 +148,7 @@ def test_logits_are_of_the_last_positions_and_keep_nothing() -> None:
     with torch.no_grad():
         wanted = Toy(NUM)(tokens, start=0, end=NUM)
     for positions in (1, 2, tokens.shape[1]):
-        found = stage.logits(0, tokens, start=0, end=NUM, positions=positions)
+        found = stage.logits(tokens, start=0, end=NUM, positions=positions)
         assert torch.equal(found, wanted[:, -positions:])
     assert stage.in_flight == 0 and all(p.grad is None for p in parameters.values())
 
@@ -169,7 +169,7 @@ def test_dropout_is_left_out_where_nothing_is_learnt(training: bool) -> None:
     tokens = microbatches(1, seed=12)[0]
     values = compute.forward(0, tokens, start=0, end=1, tokens=tokens.numel(), keep=False)
     losses = [compute.loss(0, values, tokens, start=1, end=NUM, keep=False)[0] for _ in range(2)]
-    logits = [compute.logits(0, values, start=1, end=NUM, positions=1) for _ in range(2)]
+    logits = [compute.logits(values, start=1, end=NUM, positions=1) for _ in range(2)]
     assert losses[0] == losses[1] and torch.equal(logits[0], logits[1])
     assert stage.training is stage.model.training is training, "and is back where something is"
     trained = [compute.loss(key, values, tokens, start=1, end=NUM)[0] for key in (1, 2)]

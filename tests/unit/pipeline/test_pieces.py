@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from swarm.pipeline.compute import StageCompute
-from swarm.pipeline.pieces import Pieces, share, spans
+from swarm.pipeline.pieces import Pieces, spans
 from tests.unit.averaging.simulation import play
 from tests.unit.pipeline.chains import Peer, World, finish, largest_error, sums
 from tests.unit.pipeline.toy import Toy, fragments_of, in_one_process, microbatches
@@ -154,7 +154,7 @@ def test_questions_are_answered_in_pieces_as_well() -> None:
     part = Small(0, 3, forward=2)
     loss, nothing = part.compute.loss(0, tokens, tokens, start=0, end=3, keep=False)
     assert nothing is None and loss == pytest.approx(in_one_process(NUM, [tokens])[1][0], rel=1e-6)
-    logits = part.compute.logits(0, tokens, start=0, end=3, positions=2)
+    logits = part.compute.logits(tokens, start=0, end=3, positions=2)
     torch.testing.assert_close(logits, wanted[:, -2:])
     assert part.compute.in_flight == 0 and len(part.said) == 1, "5 sequences, and then 2"
 
@@ -186,7 +186,6 @@ def test_a_chain_with_a_stage_that_runs_out_of_memory_loses_nothing() -> None:
 def test_pieces_are_all_of_it(sequences: int, at_once: int, edges: list[int]) -> None:
     found = spans(sequences, at_once)
     assert [(span.start, span.stop) for span in found] == list(zip(edges, edges[1:], strict=False))
-    assert sum(share(span, sequences) for span in found) == pytest.approx(1.0)
 
 
 @contextmanager
