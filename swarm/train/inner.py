@@ -1,7 +1,8 @@
 """Inner steps: this peer's own text, this peer's own optimizer.
 
 Each fragment has an optimizer of its own (adamw.py), whose state is never averaged; the learning rate follows the
-tokens of the whole swarm. Out of memory halves the microbatch and tries again: the inner step stays the same, it only takes more pieces.
+tokens of the whole swarm. Out of memory halves the microbatch and tries again: the inner step stays the same, it only
+takes more pieces (whose gradients are added up in the weights' own type).
 """
 
 from __future__ import annotations
@@ -21,11 +22,16 @@ class InnerOptimizer:
     def __init__(
         self, model: Model, fragments: Sequence[FragmentSpec], run: RunConfig, *,
         between: Callable[[], None] = lambda: None, warn: Callable[[str], None] = lambda text: None,
+        optimizer_bits: int = 32,
     ) -> None:
         """`fragments`: those that `model` holds. `between` is called between microbatches; `warn` with what a person
-        should know."""
+        should know. `optimizer_bits`: of AdamW's moments, 32 or 8."""
         self._model, self._run, self._between, self._warn = model, run, between, warn
+        # a sync run takes no inner steps, and its gradients are clipped as everybody's are
+        self._bits = 32 if run.averaging.mode == "sync" else optimizer_bits
         self._optimizers: dict[int, FragmentAdamW] = {}
+        self._names: dict[int, list[str]] = {}
+        """fragment -> its parameters' names, in its optimizer's order"""
         self.parameters: dict[str, torch.nn.Parameter] = {}
         """of the fragments held, by name in the whole model"""
         parameters = dict(model.named_parameters())
@@ -36,12 +42,15 @@ class InnerOptimizer:
     def add(self, fragment: FragmentSpec, parameters: Mapping[str, torch.nn.Parameter]) -> None:
         """A fragment more, whose moments begin at nothing. `parameters`: at least its own, by name."""
         held = {tensor.name: parameters[tensor.name] for tensor in fragment.tensors}
-        self._optimizers[fragment.index] = FragmentAdamW(list(held.values()), self._run.train)
+        self._optimizers[fragment.index] = FragmentAdamW(
+            list(held.values()), self._run.train, bits=self._bits
+        )
+        self._names[fragment.index] = list(held)
         self.parameters.update(held)
 
     def remove(self, fragment: FragmentSpec) -> None:
         """Its moments and gradients are gone."""
-        del self._optimizers[fragment.index]
+        del self._optimizers[fragment.index], self._names[fragment.index]
         for tensor in fragment.tensors:
             self.parameters.pop(tensor.name).grad = None
 
@@ -70,10 +79,7 @@ class InnerOptimizer:
         """The same for one fragment, with these mean gradients (name -> fp32): a stage's fragments each take a step
         after their own quota of tokens. What was in its parameters' gradients is gone."""
         optimizer = self._optimizers[index]
-        optimizer.zero_grad()
-        for name, values in gradients.items():
-            parameter = self.parameters[name]
-            parameter.grad = values.to(parameter.dtype)
+        optimizer.give([gradients.get(name) for name in self._names[index]])
         if not self.clip([index]):
             return False
         optimizer.step(learning_rate)
