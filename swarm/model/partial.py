@@ -13,13 +13,16 @@ zero, whatever the file says.
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
+
+import torch
 
 from swarm.config import RunConfig
 from swarm.errors import ConfigError
 from swarm.model.architecture import architecture, is_folder, match_folder
 from swarm.model.build import check_causal, check_vocabulary
 from swarm.model.draw import draw
-from swarm.model.skeleton import Skeleton, allocate, never_set, put, skeleton_of, tensors
+from swarm.model.skeleton import Skeleton, adopt, allocate, never_set, put, skeleton_of, tensors
 from swarm.model.stage import Stage
 from swarm.model.weights import Checkpoint, read
 
@@ -49,6 +52,19 @@ def build_stage(
     stage = Stage(whole.model, *blocks)
     if getattr(config, "is_decoder", None) is False:
         check_causal(stage, stage.model, _hidden_size(whole) if not stage.is_first else None)
+    stage.train()
+    return stage
+
+
+def join_stages(run: RunConfig, blocks: tuple[int, int], values: Mapping[str, torch.Tensor]) -> Stage:
+    """Blocks [first, one past the last) made of parameters and buffers that are here already, by their names in the
+    whole model: those of several stages. They are shared, not copied. Raises KeyError where some are missing."""
+    whole = skeleton_of(architecture(run)).model
+    adopt(whole, values)
+    stage = Stage(whole, *blocks)
+    missing = [name for name, tensor in tensors(stage.model) if tensor.is_meta]
+    if missing:
+        raise KeyError(f"{missing[0]} is not here")
     stage.train()
     return stage
 

@@ -87,6 +87,12 @@ def put(model: nn.Module, values: Mapping[str, torch.Tensor]) -> None:
     _replace(model, new)
 
 
+def adopt(model: nn.Module, values: Mapping[str, torch.Tensor]) -> None:
+    """Put these very parameters and buffers where the model, on the meta device until now, has these names. What is
+    trained goes on being trained, in both models. Names that the model does not have are left out."""
+    _replace(model, {old: values[name] for name, old in tensors(model) if old.is_meta and name in values})
+
+
 def allocate(model: nn.Module, names: Collection[str] | None = None) -> list[str]:
     """Give the tensors of these names (all by default) memory on the CPU if they are on the meta device.
 

@@ -36,6 +36,18 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
 
 
+Span = Annotated[list[Annotated[int, Field(ge=0, le=MAX_FRAGMENTS)]], Field(min_length=2, max_length=2)]
+"""fragments [first, one past the last)"""
+
+
+class Move(Strict):
+    """Where a peer would like to go; pipeline/placement.py says who may."""
+
+    stage: Span
+    gain: Annotated[float, Field(ge=0, le=1e9)]
+    heals: bool = False
+
+
 class Head(Strict):
     """A fragment's newest committed version at one peer."""
 
@@ -60,6 +72,13 @@ class Status(Strict):
     """tokens in its drift, by fragment; 0 for those that it does not hold"""
     tokens: TokenCount = 0
     tokens_per_s: Annotated[float, Field(ge=0, le=1e9)] = 0.0
+    serving: Span | None = None
+    """what microbatches can use now; None: nothing"""
+    target: Span | None = None
+    """what it is loading fragments for; None: it has what it serves"""
+    speed: Annotated[float, Field(ge=0, le=1e12)] = 0.0
+    """fragments times tokens a second that it could do, measured; 0: not known yet"""
+    claim: Move | None = None
     loss: Annotated[float, Field(ge=0, le=1e6)] | None = None
     leaving: bool = False
 

@@ -27,33 +27,23 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
-from swarm.errors import BadMessage, NetworkError, PeerGone, PeerRefused
+from swarm.errors import BadMessage, NetworkError, PeerRefused
 from swarm.network import records
 from swarm.network.link import Answer, Link
-from swarm.pipeline import wire
+from swarm.pipeline import onward, wire
 from swarm.pipeline.compute import StageCompute
-from swarm.pipeline.messages import Bits, Gradient, Hop, Microbatch, Verdict, Working, below
+from swarm.pipeline.messages import Bits, Gradient, Hop, Microbatch, Verdict, Working
+from swarm.pipeline.onward import AGAIN_S, WORKING_S, Calls, Handover, Onward, Shape
 from swarm.pipeline.routing import Holder, Router
 from swarm.pipeline.work import BACKWARD, FORWARD, OWN, VERDICT, Work
 
-WORKING_S = 0.5
-"""between two words that a peer is at it"""
-SILENT_S = 2.5
-"""without a word: asked elsewhere. Death is noticed at once, by the link that ends; this is for machines that freeze"""
-SLOWEST_BYTES_PER_S = 64e3
-"""until the first word, the microbatch may take as long as this"""
-CALL_S = 600.0
-NOBODY_S = 60.0
-"""this long a peer waits for somebody to hold the next fragment"""
-AGAIN_S = 0.2
 FORGET_S = 120.0
 KEPT_DONE = 4096
 BUSY = "too many microbatches here"
@@ -61,41 +51,12 @@ BUSY = "too many microbatches here"
 Read = Callable[[], tuple[torch.Tensor, torch.Tensor | None]]
 """token ids and hidden states (None at fragment 0) of a microbatch; checks what a stranger sent, so it may raise"""
 
-log = logging.getLogger(__name__)
-
-
-class Calls(Protocol):
-    """What the chain needs of the network: the endpoint, or a made-up one."""
-
-    async def call(
-        self, peer_id: str, method: str, header: dict[str, Any], body: bytes = b"", *, deadline_s: float,
-        max_answer: int = 0,
-    ) -> Answer: ...
-
-    async def notify(self, peer_id: str, method: str, header: dict[str, Any], *, deadline_s: float) -> None: ...
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Of the model, as the chain needs it."""
-
-    num_fragments: int
-    hidden: int
-    vocabulary: int
-    max_tokens: int
-    """of a microbatch: what memory was planned for"""
-
 
 @dataclass
-class _Entry:
+class _Entry(Handover):
     """A microbatch at this peer."""
 
-    microbatch: Microbatch
-    at: float
-    end: int = 0
-    """the fragments [start, end) are done here; 0: not decided"""
-    rest: list[Hop] = field(default_factory=list)
-    """who does what comes after, as far as known"""
+    at: float = 0.0
     askers: set[str] = field(default_factory=set)
     """who wants the answer; nobody any more: it is forgotten"""
     task: asyncio.Task[Answer] | None = None
@@ -103,14 +64,6 @@ class _Entry:
     def is_answered(self) -> bool:
         task = self.task
         return task is not None and task.done() and not task.cancelled() and task.exception() is None
-
-
-@dataclass
-class _Asked:
-    """A question that is out: when its peer was last heard at it."""
-
-    heard_at: float
-    rest: list[Hop] = field(default_factory=list)
 
 
 class Chain:
@@ -124,20 +77,22 @@ class Chain:
     ) -> None:
         """Fragments [first, end) are held here. `holders`: the other peers that are alive; `is_ready(start, end,
         version)`: are these fragments at that version here (`sync` runs)? `max_in_flight`: microbatches that there is
-        memory for here."""
+        memory for here.
+
+        `first` and `end` may be assigned while this peer serves, between two messages: a microbatch looks at them when
+        it comes and when it is begun, and what it was begun with stays its own."""
         self._me, self._calls, self._work, self._compute, self._router = me, calls, work, compute, router
         self.shape, self.first, self.end = shape, first, end
         self._holders, self._bits, self._back_bits, self._is_ready = holders, bits, back_bits, is_ready
         self._max_in_flight = max_in_flight
         self._entries: dict[tuple[str, int, int], _Entry] = {}
-        self._asked: dict[tuple[str, tuple[str, int, int]], _Asked] = {}
         self._done: OrderedDict[tuple[str, int], None] = OrderedDict()
         self._tasks: set[asyncio.Task[None]] = set()
         self._service_s = 0.0
         self.on_committed: Callable[[int, int], None] = lambda start, end: None
         """gradients of fragments [start, end) were added up; on the training thread"""
-        self.reroutes = 0
-        """times that another peer was asked because the first one failed"""
+        self.onward = Onward(me, calls, router, shape=shape, holders=holders, bits=bits, back_bits=back_bits)
+        """what is asked of the next peers"""
 
     # -- what others ask --------------------------------------------------------------------------------------------
 
@@ -163,11 +118,7 @@ class Chain:
             pulse.cancel()
 
     def on_working(self, sender: str, working: Working) -> None:
-        key = working.origin, working.number, working.start
-        asked = self._asked.get((sender, key))
-        if asked is not None:
-            asked.heard_at = asyncio.get_running_loop().time()
-            asked.rest = below(working.path, working.path[0].end) if working.path else []
+        self.onward.on_working(sender, working)
 
     async def on_withdrawn(self, sender: str, working: Working) -> None:
         """Whoever asked has the answer from somebody else."""
@@ -222,8 +173,7 @@ class Chain:
         return records.parse(Gradient, header)
 
     def _begin(self, microbatch: Microbatch, read: Read) -> _Entry:
-        if not self.first <= microbatch.start < self.end:
-            raise PeerRefused(f"fragment {microbatch.start} is not held here")
+        self._check_held(microbatch)
         if (microbatch.origin, microbatch.number) in self._done:
             raise PeerRefused("that microbatch is done")
         if microbatch.tokens > self.shape.max_tokens:
@@ -231,11 +181,15 @@ class Chain:
         # those that wait for the processor, for a version or for a verdict, too: each has bytes or gradients here
         if microbatch.origin != self._me and len(self._entries) >= self._max_in_flight:
             raise PeerRefused(BUSY)
-        entry = _Entry(microbatch, asyncio.get_running_loop().time())
+        entry = _Entry(microbatch, at=asyncio.get_running_loop().time())
         self._entries[microbatch.key] = entry
         entry.task = asyncio.ensure_future(self._do(entry, read))
         entry.task.add_done_callback(lambda task: self._ended(entry, task))
         return entry
+
+    def _check_held(self, microbatch: Microbatch) -> None:
+        if not self.first <= microbatch.start < self.end:
+            raise PeerRefused(f"fragment {microbatch.start} is not held here")
 
     def _ended(self, entry: _Entry, task: asyncio.Task[Answer]) -> None:
         entry.at = asyncio.get_running_loop().time()
@@ -261,8 +215,8 @@ class Chain:
         began, queue = clock(), self._work.queue
         entry.end = self._leave_at(asked)
         while asked.version and not self._is_ready(asked.start, entry.end, asked.version):
-            if clock() > began + NOBODY_S:
-                raise PeerRefused(f"version {asked.version} did not come within {NOBODY_S:.0f} s")
+            if clock() > began + onward.NOBODY_S:
+                raise PeerRefused(f"version {asked.version} did not come within {onward.NOBODY_S:.0f} s")
             await asyncio.sleep(AGAIN_S / 10)
         hop = Hop(peer_id=self._me, start=asked.start, end=entry.end)
         urgency = OWN if asked.origin == self._me else FORWARD
@@ -289,7 +243,7 @@ class Chain:
                 return ids + wire.encode_values(left, self._bits)
 
             there = await self._work(forward, urgency=urgency)
-            answer, gradient_bytes = await self._rest(entry, there.value)
+            answer, gradient_bytes = await self.onward.rest(entry, there.value)
             shape = (asked.sequences, asked.length, self.shape.hidden)
 
             def backward() -> bytes:
@@ -313,6 +267,7 @@ class Chain:
 
     def _leave_at(self, asked: Microbatch) -> int:
         """Where to hand over: where somebody further down is at it already, else where it is done soonest."""
+        self._check_held(asked)  # again: the stage may have changed since it came
         known = [hop.start for hop in asked.known if asked.start < hop.start <= self.end]
         if known:
             return min(known)
@@ -320,86 +275,6 @@ class Chain:
             self._holders(), start=asked.start, end=self.end, queue=self._work.queue, service_s=self._service_s,
             num_fragments=self.shape.num_fragments,
         )
-
-    async def _rest(self, entry: _Entry, body: bytes) -> tuple[Gradient, bytes]:
-        """Have the rest of the chain done, by whoever can. Raises PeerRefused where nobody holds it for long."""
-        clock = asyncio.get_running_loop().time
-        known = below([hop for hop in entry.microbatch.known if hop.start >= entry.end], entry.end)
-        failed: set[str] = set()
-        given_up: set[str] = set()
-        since = clock()
-        while True:
-            holders = [holder for holder in self._holders() if holder.peer_id != self._me]
-            here = next((h for h in holders if known and h.peer_id == known[0].peer_id), None)
-            if here is None or here.peer_id in failed or known[0].start != entry.end:
-                known = [hop for hop in known if hop.start > entry.end]
-                here = self._router.choose(holders, entry.end, excluded=sorted(failed))
-            if here is None:
-                if clock() - since > NOBODY_S:
-                    raise PeerRefused(f"nobody holds fragment {entry.end}")
-                failed.clear()
-                await asyncio.sleep(AGAIN_S)
-                continue
-            try:
-                answer = await self._ask(here, entry, body, known)
-                for peer_id in given_up:
-                    own = entry.microbatch
-                    word = Working(origin=own.origin, number=own.number, start=entry.end).model_dump()
-                    self._spawn(self._calls.notify(peer_id, "withdrawn", word, deadline_s=WORKING_S))
-                return answer
-            except NetworkError as error:
-                since = clock() if failed else since
-                failed.add(here.peer_id)
-                log.info("fragment %d of a microbatch: %s: %s", entry.end, here.peer_id[-6:], error)
-                if not isinstance(error, PeerRefused):
-                    given_up.add(here.peer_id)
-                    self.reroutes += 1
-                known = [hop for hop in entry.rest if hop.peer_id not in failed]
-
-    async def _ask(self, here: Holder, entry: _Entry, body: bytes, known: list[Hop]) -> tuple[Gradient, bytes]:
-        clock, own = asyncio.get_running_loop().time, entry.microbatch
-        microbatch = own.model_copy(update={
-            "start": entry.end, "bits": self._bits, "back_bits": self._back_bits, "known": known,
-        })
-        entry.rest = known or [Hop(peer_id=here.peer_id, start=entry.end, end=here.end)]
-        asked = self._asked[here.peer_id, microbatch.key] = _Asked(clock() + len(body) / SLOWEST_BYTES_PER_S)
-        self._router.asked(here.peer_id)
-        began = clock()
-        size = wire.values_bytes((own.sequences, own.length, self.shape.hidden), self._back_bits) if own.train else 0
-        call = asyncio.ensure_future(self._calls.call(
-            here.peer_id, "microbatch", microbatch.model_dump(), body, deadline_s=CALL_S, max_answer=size
-        ))
-        try:
-            while not call.done():
-                left_s = asked.heard_at + SILENT_S - clock()
-                if left_s <= 0:
-                    raise PeerGone(f"{here.peer_id[-6:]} is silent")
-                await asyncio.wait([call], timeout=min(left_s, WORKING_S))
-                if asked.rest:
-                    entry.rest = [Hop(peer_id=here.peer_id, start=entry.end, end=asked.rest[0].start), *asked.rest]
-            header, data = call.result()
-            answer = records.parse(Gradient, header)
-            answer.check(microbatch, here.peer_id, self.shape.num_fragments)
-            if len(data) != size:
-                raise BadMessage("a gradient of a wrong size")
-        except PeerRefused:
-            self._router.refused(here.peer_id)
-            raise
-        except NetworkError:
-            self._router.failed(here.peer_id)
-            raise
-        except asyncio.CancelledError:
-            self._router.withdrawn(here.peer_id)
-            raise
-        finally:
-            call.cancel()
-            del self._asked[here.peer_id, microbatch.key]
-        self._router.answered(
-            here.peer_id, fragments=answer.path[0].end - entry.end, total_s=clock() - began,
-            inside_s=answer.inside_s, service_s=answer.service_s, queue=answer.queue,
-        )
-        entry.rest = list(answer.path)
-        return answer, data
 
     def _read(self, microbatch: Microbatch, body: bytes) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(token ids, hidden states) of a request. Raises BadMessage."""
@@ -445,3 +320,4 @@ class Chain:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        await self.onward.stop()

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 import torch
 from torch.func import functional_call
 
+from swarm.errors import PeerRefused
 from swarm.model.fragments import FragmentSpec
 from swarm.model.stage import Stage
 
@@ -33,8 +34,7 @@ class _Weights:
 
 @dataclass
 class _Graph:
-    start: int
-    end: int
+    fragments: dict[int, FragmentSpec]
     tokens: int
     entered: torch.Tensor | None
     """hidden states that came in; None at fragment 0"""
@@ -52,18 +52,22 @@ class _Pending:
 
 
 class StageCompute:
-    """`fragments`: those that the stage holds, by index; `parameters`: the working weights, by name in the whole
-    model."""
+    """The stage may be exchanged for another one that shares what stays, and fragments may be held that are in no stage
+    (yet, or any more)."""
 
     def __init__(
         self, stage: Stage, fragments: Mapping[int, FragmentSpec], parameters: Mapping[str, torch.nn.Parameter]
     ) -> None:
+        """`fragments`: all that are held, by index, with their working weights in `parameters`, by name in the whole
+        model. Both may change between two calls."""
         self._stage, self.fragments, self._parameters = stage, fragments, parameters
         self._weights: _Weights | None = None
+        self._aliased: list[_Weights] = []
+        """all that share memory with the working weights, of earlier stages too"""
         self._graphs: dict[Hashable, _Graph] = {}
         self._pending: dict[Hashable, _Pending] = {}
         self._sums: dict[int, dict[str, torch.Tensor]] = {}
-        self._tokens = dict.fromkeys(fragments, 0)
+        self._tokens: dict[int, int] = {}
         self._device = next(iter(parameters.values())).device
 
     @property
@@ -97,7 +101,7 @@ class StageCompute:
         """The gradient of what came in [sequences, length, hidden], fp32 on the CPU; None at fragment 0. `gradient`:
         of what `forward` returned (None: that was the loss). The weights' own gradients wait for a verdict."""
         graph = self._graphs.pop(key)
-        names = [(f, t.name) for f in range(graph.start, graph.end) for t in self.fragments[f].tensors]
+        names = [(f, t.name) for f, fragment in graph.fragments.items() for t in fragment.tensors]
         wanted = [graph.weights.leaves[name] for _, name in names]
         inputs = wanted if graph.entered is None else [graph.entered, *wanted]
         if gradient is not None:
@@ -105,7 +109,7 @@ class StageCompute:
         found = list(torch.autograd.grad(graph.left, inputs, gradient, allow_unused=True))
         graph.weights.users -= 1
         entered = None if graph.entered is None else found.pop(0)
-        gradients: dict[int, dict[str, torch.Tensor]] = {f: {} for f in range(graph.start, graph.end)}
+        gradients: dict[int, dict[str, torch.Tensor]] = {fragment: {} for fragment in graph.fragments}
         for (fragment, name), values in zip(names, found, strict=True):
             if values is not None:
                 gradients[fragment][name] = values
@@ -116,12 +120,14 @@ class StageCompute:
         """The microbatch is done: its gradients count."""
         pending = self._pending.pop(key)
         for fragment, gradients in pending.gradients.items():
+            if fragment not in self.fragments:  # let go of meanwhile, and nobody has spoken for long
+                continue
             sums = self._sums.setdefault(fragment, {})
             for name, values in gradients.items():
                 if name not in sums:
                     sums[name] = torch.zeros_like(values, dtype=torch.float32)
                 sums[name].add_(values, alpha=pending.tokens)
-            self._tokens[fragment] += pending.tokens
+            self._tokens[fragment] = self._tokens.get(fragment, 0) + pending.tokens
 
     def forget(self, key: Hashable) -> None:
         """The microbatch is done by others, or its origin is gone. Nothing of it stays."""
@@ -134,22 +140,25 @@ class StageCompute:
 
     def tokens(self, fragment: int) -> int:
         """whose gradients are added up and not taken yet"""
-        return self._tokens[fragment]
+        return self._tokens.get(fragment, 0)
 
     def take(self, fragment: int) -> tuple[dict[str, torch.Tensor], int]:
         """(name -> mean gradient, fp32; its tokens) of what has been added up; the next sum begins."""
-        tokens, sums = self._tokens[fragment], self._sums.pop(fragment, {})
-        self._tokens[fragment] = 0
+        tokens, sums = self._tokens.pop(fragment, 0), self._sums.pop(fragment, {})
         for values in sums.values():
             values.div_(max(1, tokens))
         return sums, tokens
 
     def before_write(self) -> None:
         """Somebody is about to change the working weights: graphs in flight keep those that they were built on."""
-        if self._weights is not None and self._weights.users:
+        if any(weights.users for weights in self._aliased):
             for parameter in self._parameters.values():
                 parameter.data = parameter.data.clone()
-            self._weights = None
+            self._weights, self._aliased = None, []
+
+    def restage(self, stage: Stage) -> None:
+        """Another stage from now on. Graphs under way keep what they were built on, and their gradients count."""
+        self._stage, self._weights = stage, None
 
     # ---------------------------------------------------------------------------------------------------------------
 
@@ -158,11 +167,15 @@ class StageCompute:
         targets: torch.Tensor | None, keep: bool,
     ) -> torch.Tensor:
         """What the stage makes of `values`; with `targets`, the loss."""
+        fragments = {index: self.fragments[index] for index in range(start, end) if index in self.fragments}
+        first, last = fragments.get(start), fragments.get(end - 1)
+        if first is None or last is None or first.blocks[0] < self._stage.start or last.blocks[1] > self._stage.end:
+            raise PeerRefused(f"fragments {start}:{end} are not served here any more")
         entered = values.to(self._device)
         if start and keep:
             entered.requires_grad_()
         weights = self._current()
-        blocks = {"start": self.fragments[start].blocks[0], "end": self.fragments[end - 1].blocks[1]}
+        blocks = {"start": first.blocks[0], "end": last.blocks[1]}
         inside = {f"model.{name}": leaf for name, leaf in weights.leaves.items()}
         with torch.set_grad_enabled(keep):
             left: torch.Tensor = functional_call(self._stage, inside, (entered,), blocks)
@@ -170,12 +183,14 @@ class StageCompute:
                 left = self._stage.mean_loss(left, targets.to(self._device))
         if keep:
             weights.users += 1
-            self._graphs[key] = _Graph(start, end, tokens, entered if start else None, left, weights)
+            self._graphs[key] = _Graph(fragments, tokens, entered if start else None, left, weights)
         return left
 
     def _current(self) -> _Weights:
         if self._weights is None:
             # not detach(): it would share the counter by which autograd sees writes, also with memory of their own
-            leaves = {name: parameter.data.requires_grad_() for name, parameter in self._parameters.items()}
+            names = [name for name, _ in self._stage.held() if name in self._parameters]  # others are not trained
+            leaves = {name: self._parameters[name].data.requires_grad_() for name in names}
             self._weights = _Weights(leaves)
+            self._aliased = [*(weights for weights in self._aliased if weights.users), self._weights]
         return self._weights

@@ -16,8 +16,9 @@ from collections.abc import Callable
 import torch
 
 from swarm.errors import NetworkError
-from swarm.pipeline.chain import AGAIN_S, Calls, Chain
+from swarm.pipeline.chain import Chain
 from swarm.pipeline.messages import Gradient, Verdict, Verdicts
+from swarm.pipeline.onward import AGAIN_S, Calls
 
 VERDICT_S = 5.0
 VERDICT_TRIES = 6

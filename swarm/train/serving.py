@@ -17,9 +17,10 @@ from swarm.config import RunConfig
 from swarm.data.stream import PackedStream
 from swarm.network.network import Network
 from swarm.pipeline import calls
-from swarm.pipeline.chain import Chain, Shape
+from swarm.pipeline.chain import Chain
 from swarm.pipeline.compute import StageCompute
 from swarm.pipeline.messages import Bits
+from swarm.pipeline.onward import Shape
 from swarm.pipeline.origin import Origin
 from swarm.pipeline.routing import Router
 from swarm.pipeline.work import WorkQueue

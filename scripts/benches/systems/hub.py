@@ -27,7 +27,8 @@ from swarm.network.link import Answer, Link
 from swarm.network.records import Strict
 from swarm.pipeline import wire
 from swarm.pipeline.calls import MAX_BODY_BYTES
-from swarm.pipeline.chain import AGAIN_S, Chain
+from swarm.pipeline.chain import Chain
+from swarm.pipeline.onward import AGAIN_S
 from swarm.pipeline.routing import Holder
 from swarm.pipeline.work import BACKWARD, FORWARD, OWN, VERDICT, Done
 

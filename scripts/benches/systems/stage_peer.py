@@ -29,6 +29,7 @@ from swarm.errors import NetworkError, PeerRefused
 from swarm.pipeline import calls
 from swarm.pipeline.chain import Chain
 from swarm.pipeline.messages import Gradient, Hop, Verdict
+from swarm.pipeline.onward import Handover
 from swarm.pipeline.origin import Origin
 from swarm.pipeline.routing import Holder
 from swarm.train import serving
@@ -51,11 +52,15 @@ class ToldChain(Chain):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self._failures: dict[Hashable, tuple[str, float]] = {}
+        self._ask = self.onward.ask
+        self.onward.ask = self._ask_and_tell  # type: ignore[method-assign]
 
-    async def _ask(self, here: Holder, entry: Any, body: bytes, known: list[Hop]) -> tuple[Gradient, bytes]:
-        key = entry.microbatch.key
+    async def _ask_and_tell(
+        self, here: Holder, going: Handover, body: bytes, known: list[Hop]
+    ) -> tuple[Gradient, bytes]:
+        key = going.microbatch.key
         try:
-            answer = await super()._ask(here, entry, body, known)
+            answer = await self._ask(here, going, body, known)
         except PeerRefused:
             raise
         except NetworkError:

@@ -11,7 +11,7 @@ import torch
 from swarm.errors import ConfigError
 from swarm.model.build import build_model, resolve
 from swarm.model.fragments import cut
-from swarm.model.partial import build_stage
+from swarm.model.partial import build_stage, join_stages
 from swarm.model.skeleton import skeleton, tensors
 from tests.unit.model.parts_support import BLOCKS, CUTS, FAMILIES, assert_part_of, family, run_with, trained
 
@@ -166,3 +166,22 @@ def test_a_folder_of_another_model_is_refused(tmp_path: Path) -> None:
     for config in (family("gptj"), family("llama", num_hidden_layers=3)):
         with pytest.raises(ConfigError, match="of another model"):
             build_stage(run_with(config), (1, 2), weights_from=str(tmp_path))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_stages_of_one_peer_join_and_part_without_a_copy(name: str) -> None:
+    """Two that were built apart are one, in the same memory; what is trained in one is trained in the other."""
+    run = run_with(family(name, tie_word_embeddings=True))
+    parts = [build_stage(run, (block, block + 1)) for block in range(4)]
+    values = {key: tensor for part in parts for key, tensor in tensors(part.model)}
+    for blocks in ((0, 4), (1, 3), (2, 4)):
+        joined = join_stages(run, blocks, values)
+        assert_part_of(joined, build_model(run))
+        for key, tensor in tensors(joined.model):
+            assert tensor is values[key]
+    with torch.no_grad():
+        next(iter(joined.held()))[1].add_(1.0)
+    again = dict(join_stages(run, blocks, values).held())
+    assert all(torch.equal(again[key], tensor) for key, tensor in joined.held())
+    with pytest.raises(KeyError, match="is not here"):
+        join_stages(run, (1, 3), dict(tensors(parts[1].model)))

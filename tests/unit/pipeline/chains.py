@@ -17,9 +17,10 @@ import torch
 from swarm.errors import NetworkError, PeerGone
 from swarm.network import records
 from swarm.network.link import Answer
-from swarm.pipeline.chain import Chain, Shape
+from swarm.pipeline.chain import Chain
 from swarm.pipeline.compute import StageCompute
 from swarm.pipeline.messages import Microbatch, Verdicts, Working
+from swarm.pipeline.onward import Shape
 from swarm.pipeline.origin import Origin
 from swarm.pipeline.routing import Holder, Router
 from swarm.pipeline.work import Done

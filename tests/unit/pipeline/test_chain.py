@@ -11,7 +11,8 @@ import pytest
 
 from swarm.errors import BadMessage, PeerRefused
 from swarm.pipeline import chain as chains
-from swarm.pipeline.messages import Hop, Microbatch
+from swarm.pipeline import onward, wire
+from swarm.pipeline.messages import Hop, Microbatch, Verdict
 from tests.unit.averaging.simulation import play
 from tests.unit.pipeline.chains import Peer, World, finish, largest_error, sums
 from tests.unit.pipeline.toy import HIDDEN, VOCABULARY, in_one_process, microbatches
@@ -70,7 +71,7 @@ def test_kills_freezes_delays_and_repeated_calls_lose_nothing_and_count_nothing_
         trouble.cancel()
         assert [origin.lost_tokens for origin, _ in made] == [0, 0]
         assert sum(len(peer.losses) for peer in origins) == 80
-        assert sum(peer.chain.reroutes for peer in world.peers.values()) > 0, "there was trouble"
+        assert sum(peer.chain.onward.reroutes for peer in world.peers.values()) > 0, "there was trouble"
         assert largest_error(sums(world), wanted) < 1e-5
 
     play(story())
@@ -99,8 +100,8 @@ def test_activations_cross_each_link_once_each_way() -> None:
         peers = [Peer(world, f"peer{i}", i, i + 1) for i in range(4)]
         await finish([peers[0].origin(texts)])
         bytes_of_all = sum(size for *_, size in world.messages)
-        activation = chains.wire.values_bytes((*texts[0].shape, HIDDEN), 32)
-        tokens = chains.wire.tokens_bytes(tuple(texts[0].shape), vocabulary=VOCABULARY)  # type: ignore[arg-type]
+        activation = wire.values_bytes((*texts[0].shape, HIDDEN), 32)
+        tokens = wire.tokens_bytes(tuple(texts[0].shape), vocabulary=VOCABULARY)  # type: ignore[arg-type]
         assert bytes_of_all == 6 * (6 * activation + 3 * tokens)
         carriers = {frozenset((one, other)) for one, other, _, size in world.messages if size}
         assert carriers == {frozenset((a.id, b.id)) for a, b in itertools.pairwise(peers)}, "neighbours only"
@@ -127,7 +128,7 @@ def test_a_death_is_repaired_by_the_neighbour_above_and_nothing_else_is_done_aga
         origin, until = peers[0].origin([tokens])
         await origin.run(until=until)
         assert counts[0] == counts[2] == counts[3] == 1 and 1 <= counts[1] <= 2
-        assert origin.lost_tokens == 0 and peers[0].chain.reroutes == 1
+        assert origin.lost_tokens == 0 and peers[0].chain.onward.reroutes == 1
         assert largest_error(sums(world), wanted) < 1e-5
 
     play(story())
@@ -148,7 +149,7 @@ def test_a_frozen_peer_is_passed_over_in_seconds_and_told_to_forget_when_it_is_b
         began = clock()
         asyncio.get_running_loop().call_later(0.09, frozen.freeze, 30)
         await finish([origin.origin(texts)])
-        assert clock() - began < chains.SILENT_S + 1.5
+        assert clock() - began < onward.SILENT_S + 1.5
         await asyncio.sleep(40)
         assert frozen.compute.in_flight == 0 and not frozen.chain._entries
         assert largest_error(sums(world), wanted) < 1e-5
@@ -228,7 +229,7 @@ def test_a_loss_can_be_asked_for_without_learning() -> None:
 
 
 def test_where_nobody_holds_the_rest_it_is_said_and_asked_again_later(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chains, "NOBODY_S", 3.0)
+    monkeypatch.setattr(onward, "NOBODY_S", 3.0)
     tokens = microbatches(1, seed=8)[0]
     wanted, _ = in_one_process(2, [tokens])
 
@@ -293,7 +294,7 @@ def test_an_answer_that_lies_about_its_path_is_not_taken() -> None:
 
 
 def test_a_version_that_does_not_come_is_not_waited_for_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chains, "NOBODY_S", 2.0)
+    monkeypatch.setattr(onward, "NOBODY_S", 2.0)
     tokens = microbatches(1, seed=11)[0]
 
     async def story() -> None:
@@ -305,5 +306,48 @@ def test_a_version_that_does_not_come_is_not_waited_for_for_ever(monkeypatch: py
             await peer.chain.begin_own(0, tokens, version=3)
         asyncio.get_running_loop().call_later(1, at.__setitem__, 0, 3)
         assert (await peer.chain.begin_own(0, tokens, version=3)).loss > 0
+
+    play(story())
+
+
+def test_a_stage_may_change_between_two_microbatches() -> None:
+    """What is under way is finished as it was begun; what comes afterwards finds the new stage."""
+    texts = microbatches(4, seed=12)
+    wanted, _ = in_one_process(3, texts)
+
+    async def story() -> None:
+        world = World(3, seed=12)
+        origin, middle, last = Peer(world, "a", 0, 1), Peer(world, "b", 1, 3), Peer(world, "c", 2, 3)
+        paths = []
+        for number, tokens in enumerate(texts):
+            answer = asyncio.ensure_future(origin.chain.begin_own(number, tokens))
+            await asyncio.sleep(0.12)  # it is at the middle
+            middle.end = middle.chain.end = 3 if middle.chain.end == 2 else 2
+            paths.append([(hop.peer_id, hop.start, hop.end) for hop in (await answer).path])
+            for peer in (origin, middle, last):
+                own = [Verdict(number=number, start=a, end=b) for who, a, b in paths[-1] if who == peer.id]
+                assert await peer.chain.judge(origin.id, own) == []
+        assert paths[1][1:] == paths[3][1:] == [(middle.id, 1, 2), (last.id, 2, 3)]
+        assert largest_error(sums(world), wanted) < 1e-5
+        middle.chain.first = middle.first = 2
+        middle.chain.end = middle.end = 3
+        asked = Microbatch(origin=origin.id, number=9, start=1, sequences=2, length=6, bits=32, back_bits=32)
+        with pytest.raises(PeerRefused, match="fragment 1 is not held here"):
+            await middle.chain.serve(asked, b"", asker=origin.id)
+
+    play(story())
+
+
+def test_a_microbatch_whose_fragment_was_given_up_while_it_waited_is_refused() -> None:
+    async def story() -> None:
+        world = World(3, seed=13)
+        peer = Peer(world, "b", 1, 3)
+        asked = Microbatch(origin="B" * 20, number=1, start=1, sequences=2, length=6, bits=32, back_bits=32)
+        serving = asyncio.ensure_future(peer.chain.serve(asked, b"", asker="B" * 20))
+        await asyncio.sleep(0)  # it has come, and is not begun
+        peer.chain.first = 2
+        with pytest.raises(PeerRefused, match="fragment 1 is not held here"):
+            await serving
+        assert peer.compute.in_flight == 0 and not peer.chain._entries
 
     play(story())

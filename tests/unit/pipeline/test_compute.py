@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from swarm.errors import PeerRefused
 from swarm.pipeline.compute import StageCompute
 from tests.unit.pipeline.toy import Toy, fragments_of, in_one_process, microbatches
 
@@ -139,3 +140,64 @@ def test_the_mean_is_by_tokens() -> None:
     for name, values in gradients.items():
         torch.testing.assert_close(values, wanted[name] / count, rtol=1e-5, atol=1e-7)
     assert stage.tokens(2) == 0 and stage.tokens(1) == count
+
+
+def test_the_stage_may_be_exchanged_while_microbatches_are_under_way() -> None:
+    """What was begun before ends with the weights it began with, and counts; a fragment that is not served any more is
+    refused, and its gradients wait to be taken."""
+    tokens = microbatches(2, seed=8)
+    wanted, _ = in_one_process(NUM, tokens[:1])
+    compute, parameters = held(0, 3)
+    compute.loss("old", tokens[0], tokens[0], start=0, end=3)
+    under_way = compute.forward("half", tokens[1], start=0, end=2, tokens=12)
+    smaller = Toy(NUM)
+    smaller.start, smaller.end = 1, 3
+    compute.restage(smaller)  # type: ignore[arg-type]
+    compute.before_write()
+    with torch.no_grad():
+        for parameter in parameters.values():
+            parameter.zero_()
+    compute.commit("old")
+    for fragment in range(3):
+        gradients, count = compute.take(fragment)
+        assert count == tokens[0].numel()
+        for name, values in gradients.items():
+            torch.testing.assert_close(values * count, wanted[name], rtol=1e-5, atol=1e-5)
+    assert compute.backward("half", torch.ones_like(under_way)) is None
+    with pytest.raises(PeerRefused, match="not served here any more"):
+        compute.forward("new", tokens[1], start=0, end=2, tokens=12)
+    assert torch.equal(compute.forward("new", under_way, start=1, end=2, tokens=12), under_way), "zero weights now"
+
+
+def test_what_was_let_go_of_counts_for_nothing() -> None:
+    tokens = microbatches(1, seed=9)[0]
+    compute, _ = held(0, 3)
+    compute.loss("late", tokens, tokens, start=0, end=3)
+    del compute.fragments[0]  # type: ignore[attr-defined]
+    compute.commit("late")
+    assert [compute.tokens(f) for f in range(3)] == [0, tokens.numel(), tokens.numel()]
+
+
+def test_writing_moves_the_weights_of_every_stage_that_still_needs_them() -> None:
+    """Two exchanges with a graph under way on each stage."""
+    tokens = microbatches(3, seed=10)
+    wanted, _ = in_one_process(NUM, tokens)
+    compute, parameters = held(0, 3)
+    for key, text in enumerate(tokens):
+        values = compute.forward(f"{key}/0", text, start=0, end=2, tokens=text.numel())
+        _, gradient = compute.loss(f"{key}/2", values, text, start=2, end=3)
+        if key < 2:
+            compute.restage(Toy(NUM))  # type: ignore[arg-type]
+        tokens[key] = gradient  # type: ignore[call-overload]
+    compute.before_write()
+    with torch.no_grad():
+        for parameter in parameters.values():
+            parameter.fill_(7.0)
+    for key, gradient in enumerate(tokens):
+        compute.backward(f"{key}/0", gradient)
+        compute.commit(f"{key}/0")
+        compute.commit(f"{key}/2")
+    for fragment in range(3):
+        gradients, count = compute.take(fragment)
+        for name, values in gradients.items():
+            torch.testing.assert_close(values * count, wanted[name], rtol=1e-5, atol=1e-5)

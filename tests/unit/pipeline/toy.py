@@ -18,6 +18,7 @@ class Toy(nn.Module):
 
     def __init__(self, num_blocks: int, *, seed: int = 0) -> None:
         super().__init__()
+        self.start, self.end = 0, num_blocks
         self.model = nn.Module()
         self.model.blocks = nn.ModuleList(nn.Linear(HIDDEN, HIDDEN) for _ in range(num_blocks))
         self.model.embedding = nn.Embedding(VOCABULARY, HIDDEN)
@@ -32,6 +33,9 @@ class Toy(nn.Module):
         for block in self.model.blocks[start:end]:
             hidden = hidden + torch.tanh(block(hidden))
         return self.model.head(hidden) if end == len(self.model.blocks) else hidden
+
+    def held(self) -> Iterable[tuple[str, nn.Parameter]]:
+        return self.model.named_parameters()
 
     def mean_loss(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         return functional.cross_entropy(logits[:, :-1].reshape(-1, VOCABULARY), targets[:, 1:].reshape(-1))

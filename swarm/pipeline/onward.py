@@ -1,0 +1,200 @@
+"""What a peer asks of the next one: "do the rest of this microbatch". The asking half of the chain (chain.py).
+
+The next peer is the router's choice, or whoever is said to be at it already (path hints). One that refuses, dies, or is
+silent for `SILENT_S` is passed over: another is asked, from the values that are still here, and is told who does what
+comes after it, so that nothing further down is done twice. Who was given up is told that it is not needed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from swarm.errors import BadMessage, NetworkError, PeerGone, PeerRefused
+from swarm.network import records
+from swarm.network.link import Answer
+from swarm.pipeline import wire
+from swarm.pipeline.messages import Bits, Gradient, Hop, Microbatch, Working, below
+from swarm.pipeline.routing import Holder, Router
+
+WORKING_S = 0.5
+"""between two words that a peer is at it"""
+SILENT_S = 2.5
+"""without a word: asked elsewhere. Death is noticed at once, by the link that ends; this is for machines that freeze"""
+SLOWEST_BYTES_PER_S = 64e3
+"""until the first word, the microbatch may take as long as this"""
+CALL_S = 600.0
+NOBODY_S = 60.0
+"""this long a peer waits for somebody to hold the next fragment"""
+AGAIN_S = 0.2
+
+log = logging.getLogger(__name__)
+
+
+class Calls(Protocol):
+    """What the chain needs of the network: the endpoint, or a made-up one."""
+
+    async def call(
+        self, peer_id: str, method: str, header: dict[str, Any], body: bytes = b"", *, deadline_s: float,
+        max_answer: int = 0,
+    ) -> Answer: ...
+
+    async def notify(self, peer_id: str, method: str, header: dict[str, Any], *, deadline_s: float) -> None: ...
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Of the model, as the chain needs it."""
+
+    num_fragments: int
+    hidden: int
+    vocabulary: int
+    max_tokens: int
+    """of a microbatch: what memory was planned for"""
+
+
+@dataclass
+class Handover:
+    """A microbatch that is to be done from fragment `end` on by others."""
+
+    microbatch: Microbatch
+    """as it came here"""
+    end: int = 0
+    """the fragments [start, end) are done here; 0: not decided"""
+    rest: list[Hop] = field(default_factory=list)
+    """who does what comes after, as far as known"""
+
+
+@dataclass
+class _Asked:
+    """A question that is out: when its peer was last heard at it."""
+
+    heard_at: float
+    rest: list[Hop] = field(default_factory=list)
+
+
+class Onward:
+    """Lives on the network's event loop."""
+
+    def __init__(
+        self, me: str, calls: Calls, router: Router, *, shape: Shape, holders: Callable[[], Sequence[Holder]],
+        bits: Bits, back_bits: Bits,
+    ) -> None:
+        """`holders`: the other peers that are alive; `bits` of values that are sent on, `back_bits` of the gradients
+        that are asked for."""
+        self._me, self._calls, self._router, self._holders = me, calls, router, holders
+        self._shape, self._bits, self._back_bits = shape, bits, back_bits
+        self._asked: dict[tuple[str, tuple[str, int, int]], _Asked] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.reroutes = 0
+        """times that another peer was asked because the first one failed"""
+
+    def on_working(self, sender: str, working: Working) -> None:
+        """The peer that was asked is at it."""
+        key = working.origin, working.number, working.start
+        asked = self._asked.get((sender, key))
+        if asked is not None:
+            asked.heard_at = asyncio.get_running_loop().time()
+            asked.rest = below(working.path, working.path[0].end) if working.path else []
+
+    async def rest(self, going: Handover, body: bytes) -> tuple[Gradient, bytes]:
+        """Have the rest of the chain done, by whoever can. Raises PeerRefused where nobody holds it for long.
+
+        `body`: token ids and values, as on the wire. `going.rest` is kept up to date meanwhile."""
+        clock = asyncio.get_running_loop().time
+        known = below([hop for hop in going.microbatch.known if hop.start >= going.end], going.end)
+        failed: set[str] = set()
+        given_up: set[str] = set()
+        since = clock()
+        while True:
+            holders = [holder for holder in self._holders() if holder.peer_id != self._me]
+            here = next((h for h in holders if known and h.peer_id == known[0].peer_id), None)
+            if here is None or here.peer_id in failed or known[0].start != going.end:
+                known = [hop for hop in known if hop.start > going.end]
+                here = self._router.choose(holders, going.end, excluded=sorted(failed))
+            if here is None:
+                if clock() - since > NOBODY_S:
+                    raise PeerRefused(f"nobody holds fragment {going.end}")
+                failed.clear()
+                await asyncio.sleep(AGAIN_S)
+                continue
+            try:
+                answer = await self.ask(here, going, body, known)
+                for peer_id in given_up:
+                    own = going.microbatch
+                    word = Working(origin=own.origin, number=own.number, start=going.end).model_dump()
+                    self._spawn(self._calls.notify(peer_id, "withdrawn", word, deadline_s=WORKING_S))
+                return answer
+            except NetworkError as error:
+                since = clock() if failed else since
+                failed.add(here.peer_id)
+                log.info("fragment %d of a microbatch: %s: %s", going.end, here.peer_id[-6:], error)
+                if not isinstance(error, PeerRefused):
+                    given_up.add(here.peer_id)
+                    self.reroutes += 1
+                known = [hop for hop in going.rest if hop.peer_id not in failed]
+
+    async def ask(self, here: Holder, going: Handover, body: bytes, known: list[Hop]) -> tuple[Gradient, bytes]:
+        """One peer, once: (its answer, the gradient's bytes). Raises NetworkError."""
+        clock, own = asyncio.get_running_loop().time, going.microbatch
+        microbatch = own.model_copy(update={
+            "start": going.end, "bits": self._bits, "back_bits": self._back_bits, "known": known,
+        })
+        going.rest = known or [Hop(peer_id=here.peer_id, start=going.end, end=here.end)]
+        asked = self._asked[here.peer_id, microbatch.key] = _Asked(clock() + len(body) / SLOWEST_BYTES_PER_S)
+        self._router.asked(here.peer_id)
+        began = clock()
+        size = wire.values_bytes((own.sequences, own.length, self._shape.hidden), self._back_bits) if own.train else 0
+        call = asyncio.ensure_future(self._calls.call(
+            here.peer_id, "microbatch", microbatch.model_dump(), body, deadline_s=CALL_S, max_answer=size
+        ))
+        try:
+            while not call.done():
+                left_s = asked.heard_at + SILENT_S - clock()
+                if left_s <= 0:
+                    raise PeerGone(f"{here.peer_id[-6:]} is silent")
+                await asyncio.wait([call], timeout=min(left_s, WORKING_S))
+                if asked.rest:
+                    going.rest = [Hop(peer_id=here.peer_id, start=going.end, end=asked.rest[0].start), *asked.rest]
+            header, data = call.result()
+            answer = records.parse(Gradient, header)
+            answer.check(microbatch, here.peer_id, self._shape.num_fragments)
+            if len(data) != size:
+                raise BadMessage("a gradient of a wrong size")
+        except PeerRefused:
+            self._router.refused(here.peer_id)
+            raise
+        except NetworkError:
+            self._router.failed(here.peer_id)
+            raise
+        except asyncio.CancelledError:
+            self._router.withdrawn(here.peer_id)
+            raise
+        finally:
+            call.cancel()
+            del self._asked[here.peer_id, microbatch.key]
+        self._router.answered(
+            here.peer_id, fragments=answer.path[0].end - going.end, total_s=clock() - began,
+            inside_s=answer.inside_s, service_s=answer.service_s, queue=answer.queue,
+        )
+        going.rest = list(answer.path)
+        return answer, data
+
+    def _spawn(self, awaitable: Awaitable[Any]) -> None:
+        """Something that nobody waits for, and whose failing changes nothing."""
+        async def quietly() -> None:
+            with contextlib.suppress(NetworkError, asyncio.CancelledError):
+                await awaitable
+
+        task = asyncio.ensure_future(quietly())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def stop(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
