@@ -53,6 +53,9 @@ class Averager:
         for index in sorted(layouts):
             self._hold(HeldFragment(context, index, layouts[index], states[index], parameters))
         self._answers.register()
+        context.in_rounds = lambda: [
+            f.index for f in list(self._fragments.values()) if f.opening or f.rounds.member.in_round()
+        ]
 
     def start(self) -> None:
         """Begin to open rounds and to take part in others'."""

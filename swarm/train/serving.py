@@ -70,7 +70,7 @@ async def serve(
     first, end = held.fragments[0].index, held.fragments[-1].index + 1
     work = WorkQueue()
     compute = StageCompute(held.stage, {f.index: f for f in held.fragments}, inner.parameters)
-    boundary.before = compute.before_write
+    averager.context.before_write = compute.before_write
     link_calls = calls.LinkCalls(network.endpoint, network.directory)
     config = held.model.config.get_text_config()
     batch_tokens = run.train.batch_sequences * run.train.sequence_length
