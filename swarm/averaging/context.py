@@ -7,10 +7,10 @@ from collections.abc import Awaitable, Callable, Collection, Coroutine
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
-from swarm.host.keep import AMPLE, Keep
 from swarm.averaging.results import Results
 from swarm.config import RunConfig
 from swarm.events import Event
+from swarm.host.keep import AMPLE, Keep
 from swarm.network.directory import Directory
 from swarm.network.endpoint import Endpoint
 from swarm.network.keys import Keypair

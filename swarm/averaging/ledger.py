@@ -21,9 +21,9 @@ from dataclasses import dataclass, field
 import torch
 
 from swarm.averaging.global_state import GlobalState
-from swarm.host.keep import AMPLE, Keep
 from swarm.averaging.layout import Layout
 from swarm.averaging.packed import Packed
+from swarm.host.keep import AMPLE, Keep
 from swarm.model import working
 
 BeforeWrite = Callable[[], None]

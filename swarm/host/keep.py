@@ -16,6 +16,7 @@ MAX_OWN = 256
 
 @dataclass(frozen=True)
 class Keep:
+    name: str = "ample"
     previous: bool = True
     """the last version of each fragment"""
     leases: int = 4
@@ -35,9 +36,12 @@ class Keep:
 
 
 AMPLE = Keep()
-SOME = Keep(leases=1, own_values=4 * 1024 * 1024, own_least=1, results_bytes=128 * 1024 * 1024, rounds=2)
-LITTLE = Keep(
-    previous=False, leases=0, own_values=1024 * 1024, own_least=1, results_bytes=64 * 1024 * 1024, rounds=1
+SOME = Keep(
+    leases=1, own_values=4 * 1024 * 1024, own_least=1, results_bytes=128 * 1024 * 1024, rounds=2, name="some"
 )
-LEVELS = {"ample": AMPLE, "some": SOME, "little": LITTLE}
+LITTLE = Keep(
+    previous=False, leases=0, own_values=1024 * 1024, own_least=1, results_bytes=16 * 1024 * 1024,
+    rounds=1, name="little",
+)
+LEVELS = (AMPLE, SOME, LITTLE)
 """from much memory to little"""

@@ -19,12 +19,13 @@ from swarm.host.keep import AMPLE, MAX_OWN, Keep
 from swarm.units import format_bytes, format_count
 
 PROGRAM_BYTES = 650_000_000
-"""Python, torch, transformers, datasets, hivemind: 490 MB after the imports; the demo's text 100 MB, buffers of links"""
+"""Python, torch, transformers, datasets, hivemind: 490 MB after the imports; the demo's text 100 MB, and buffers"""
 EIGHT_BIT_BYTES = 70_000_000
 """bitsandbytes, where it is used"""
 VALUES_PER_HIDDEN = 50
-"""values that a block keeps for its backward, a token and hidden unit: gpt_neox 18, opt 22, gptj 26, gpt2 28, llama 33,
-qwen3 49 (it normalises its heads) without dropout; in bfloat16 some of them stay fp32, within the same bound"""
+"""values that a block keeps for its backward, a token and hidden unit: gpt_neox 18, opt 22, gptj 26, gpt2 28,
+llama 33, qwen3 49 (it normalises its heads) without dropout; in bfloat16 some of them stay fp32, within the same
+bound"""
 VALUES_PER_SCORE = 3
 """fp32 values, and a token, head and token looked at, where attention is written out: gptj 1, with dropout 3; 0 for
 fused ones"""

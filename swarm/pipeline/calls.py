@@ -63,9 +63,8 @@ def serve(chain: Chain, endpoint: Endpoint) -> None:
 
 def holders(alive: Mapping[str, Status]) -> list[Holder]:
     """The stages of these peers, as their statuses tell."""
-    found = []
-    for peer_id, status in alive.items():
-        held = [index for index, head in enumerate(status.heads) if head is not None]
-        if held and held[-1] - held[0] + 1 == len(held):
-            found.append(Holder(peer_id, held[0], held[-1] + 1, status.leaving))
-    return found
+    stages = {peer_id: status.serving for peer_id, status in alive.items()}
+    return [
+        Holder(peer_id, stage[0], stage[1], alive[peer_id].leaving)
+        for peer_id, stage in stages.items() if stage is not None and stage[0] < stage[1]
+    ]

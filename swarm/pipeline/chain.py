@@ -28,7 +28,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -79,16 +79,18 @@ class Chain:
         version)`: are these fragments at that version here (`sync` runs)? `max_in_flight`: microbatches that there is
         memory for here.
 
-        `first` and `end` may be assigned while this peer serves, between two messages: a microbatch looks at them when
-        it comes and when it is begun, and what it was begun with stays its own."""
+        `first`, `end` and `max_in_flight` may be assigned while this peer serves, between two messages: a microbatch
+        looks at them when it comes and when it is begun, and what it was begun with stays its own."""
         self._me, self._calls, self._work, self._compute, self._router = me, calls, work, compute, router
         self.shape, self.first, self.end = shape, first, end
         self._holders, self._bits, self._back_bits, self._is_ready = holders, bits, back_bits, is_ready
-        self._max_in_flight = max_in_flight
+        self.max_in_flight = max_in_flight
         self._entries: dict[tuple[str, int, int], _Entry] = {}
         self._done: OrderedDict[tuple[str, int], None] = OrderedDict()
         self._tasks: set[asyncio.Task[None]] = set()
         self._service_s = 0.0
+        self.speed = 0.0
+        """fragments times tokens a second while it computes, of late; 0: not known yet"""
         self.on_committed: Callable[[int, int], None] = lambda start, end: None
         """gradients of fragments [start, end) were added up; on the training thread"""
         self.onward = Onward(me, calls, router, shape=shape, holders=holders, bits=bits, back_bits=back_bits)
@@ -179,7 +181,7 @@ class Chain:
         if microbatch.tokens > self.shape.max_tokens:
             raise BadMessage(f"a microbatch of {microbatch.tokens} tokens", why=f"the limit is {self.shape.max_tokens}")
         # those that wait for the processor, for a version or for a verdict, too: each has bytes or gradients here
-        if microbatch.origin != self._me and len(self._entries) >= self._max_in_flight:
+        if microbatch.origin != self._me and len(self._entries) >= self.max_in_flight:
             raise PeerRefused(BUSY)
         entry = _Entry(microbatch, at=asyncio.get_running_loop().time())
         self._entries[microbatch.key] = entry
@@ -259,6 +261,7 @@ class Chain:
             service_s, waited_s = there.service_s + back.service_s, there.waited_s + back.waited_s
         share_s = service_s / (entry.end - asked.start)
         self._service_s = self._service_s + 0.2 * (share_s - self._service_s) if self._service_s else share_s
+        self.speed = asked.tokens / max(self._service_s, 1e-9)
         header = Gradient(
             loss=loss, path=path, inside_s=clock() - began, service_s=service_s, waited_s=waited_s, queue=queue,
             crowded=max(crowded, min(waited_s / max(service_s, 1e-6), 1e6)),
@@ -293,6 +296,23 @@ class Chain:
             with contextlib.suppress(NetworkError):
                 await self._calls.notify(asker, "working", word.model_dump(), deadline_s=WORKING_S)
             await asyncio.sleep(WORKING_S)
+
+    # -- a stage that changes ---------------------------------------------------------------------------------------
+
+    def in_use(self, fragments: Collection[int]) -> int:
+        """Microbatches here that need any of these fragments, or whose gradients of them wait for a verdict."""
+        return len(self._needing(fragments))
+
+    async def give_up(self, fragments: Collection[int], *, answered: bool) -> None:
+        """Refuse them: whoever asked goes elsewhere. `answered`: those too that wait for nothing but their verdict."""
+        keys = self._needing(fragments)
+        await self._forget([key for key in keys if answered or not self._entries[key].is_answered()])
+
+    def _needing(self, fragments: Collection[int]) -> list[tuple[str, int, int]]:
+        def needs(start: int, end: int) -> bool:  # where the end is not decided, it will be by the new stage
+            return any(start <= fragment < max(end, start + 1) for fragment in fragments)
+
+        return [key for key, entry in self._entries.items() if needs(key[2], entry.end)]
 
     # -- the end ----------------------------------------------------------------------------------------------------
 

@@ -76,7 +76,7 @@ class StageCompute:
     (yet, or any more)."""
 
     def __init__(
-        self, stage: Stage, fragments: Mapping[int, FragmentSpec], parameters: Mapping[str, torch.nn.Parameter]
+        self, stage: Stage, fragments: dict[int, FragmentSpec], parameters: Mapping[str, torch.nn.Parameter]
     ) -> None:
         """`fragments`: all that are held, by index, with their working weights in `parameters`, by name in the whole
         model. Both may change between two calls."""
@@ -174,7 +174,8 @@ class StageCompute:
         live = [weights for weights in self._aliased if weights.users]
         if not live:
             return
-        specs = self.fragments.values() if fragment is None else [self.fragments[fragment]]
+        indices = self.fragments if fragment is None else self.fragments.keys() & {fragment}
+        specs = [self.fragments[index] for index in indices]
         for parameter_name in [tensor.name for spec in specs for tensor in spec.tensors]:
             parameter = self._parameters[parameter_name]
             place = parameter.data_ptr()

@@ -37,7 +37,7 @@ class Credit:
 
     def __init__(self, *, first: int = 2, largest: int) -> None:
         self.now = min(first, largest)
-        self._largest, self._opening = largest, True
+        self.largest, self._opening = largest, True
         self._seen: list[float] = []
 
     def learn(self, crowded: float) -> None:
@@ -52,7 +52,7 @@ class Credit:
         if standing > CROWDED:
             self.now = max(1, int(self.now * LESS))
         elif standing < IDLE:
-            self.now = min(self._largest, 2 * self.now if self._opening else self.now + 1)
+            self.now = min(self.largest, 2 * self.now if self._opening else self.now + 1)
 
 
 class Origin:
@@ -75,6 +75,7 @@ class Origin:
     async def run(self, *, until: Callable[[], bool]) -> None:
         """Keep the credit used until told to stop; then wait for what is under way."""
         while not until():
+            self.credit.now = min(self.credit.now, self.credit.largest)
             while len(self._running) < self.credit.now and not until():
                 self._start(self._draw())
             done, _ = await asyncio.wait(self._running, return_when=asyncio.FIRST_COMPLETED)

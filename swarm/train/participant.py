@@ -10,6 +10,7 @@ Whatever fails on the way raises a SwarmError; `close` ends everything from any 
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextlib
 import logging
 import threading
@@ -17,6 +18,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from swarm.averaging import outer
 from swarm.averaging.averager import Averager
@@ -30,20 +33,23 @@ from swarm.errors import HomeError, NetworkError, SwarmError
 from swarm.events import Bus, Check, Ready, Warning
 from swarm.host.device import choose_device
 from swarm.host.home import Home
+from swarm.host.keep import AMPLE
 from swarm.network import join
 from swarm.network.keys import Keypair, friendly_name
 from swarm.network.maddr import join_command
 from swarm.network.network import Network
 from swarm.network.reachability import PUBLIC
 from swarm.network.records import Status
-from swarm.train import checkpoint, handover, report, run_source
+from swarm.pipeline.loading import next_fragment
+from swarm.pipeline.snapshot import NO_STAGE, Holder
+from swarm.train import checkpoint, handover, report, run_source, surroundings
 from swarm.train.arrival import Arrival
+from swarm.train.assembly import assemble
 from swarm.train.boundary import Boundary
 from swarm.train.checkpoint import Checkpoint
-from swarm.train.inner import InnerOptimizer
+from swarm.train.mover import Mover
 from swarm.train.place import Place, choose
 from swarm.train.run_source import Held
-from swarm.train.serving import CREDIT, Serving, serve
 from swarm.train.stage_trainer import StageTrainer
 from swarm.train.trainer import Trainer, limit_threads
 
@@ -68,10 +74,14 @@ class Participant:
         self.held: Held | None = None
         self.averager: Averager | None = None
         self.trainer: Trainer | StageTrainer | None = None
+        self.mover: Mover | None = None
+        """of a peer with a part of the model"""
         self.on_step: Callable[[float, int], None] = lambda loss, tokens: None
         """called after each inner step with its loss and tokens, on the training thread"""
         self._on_run = on_run
         self._place: Place | None = None
+        self._device = torch.device("cpu")
+        self._moving: concurrent.futures.Future[None] | None = None
         self._boundary = Boundary()
         self._stream: PackedStream | None = None
         self._saved_stream: dict[str, Any] = {}
@@ -92,6 +102,7 @@ class Participant:
         limit_threads(config.threads)
         began = time.monotonic()
         device, reason = choose_device(config.device, config.threads)
+        self._device = device
         self._check("device", f"{device}: {reason}", began)
 
         began = time.monotonic()
@@ -117,11 +128,11 @@ class Participant:
         if config.role == "trainer":
             began = time.monotonic()
             if self.held is None:
-                place = self._find_place(self.run, device)
-                self.held = run_source.hold(self.run, part=place.part)
+                self.held = run_source.hold(self.run, part=self._first_part(self._find_place(self.run, device)))
             assert self._place is not None
             self._check("memory", f"{self._place.text}\n{self._place.plan.table()}", began)
             self.held.model.to(device)  # type: ignore[arg-type]
+            self._place.planner.settings.prepare(self.held.model)
             self._take_over_state()
             if self.held.fragments[0].index == 0:  # who draws text; the others get it with the microbatches
                 self._load_data()
@@ -136,6 +147,21 @@ class Participant:
             run, self.config, device=device, statuses=statuses, peer_id=self.network.peer_id
         )
         return self._place
+
+    def _first_part(self, place: Place) -> tuple[int, int]:
+        """What to build first: where others have the state, the fragment of its place that the swarm needs most, with
+        which it serves while the others are loaded."""
+        statuses = self.network.directory.alive()
+        is_whole = place.part == (0, self.run.fragments)
+        if is_whole or self.run.averaging.mode == "sync" or (self._folder / "checkpoints").exists() or not any(
+            status.held() for status in statuses.values()
+        ):
+            return place.part
+        snapshot = surroundings.snapshot(self.run, statuses, place.planner.fragments())
+        me = Holder(self.network.peer_id, NO_STAGE, place.part, 0, 1.0)
+        first = next_fragment(snapshot, me, set())
+        assert first is not None
+        return first, first + 1
 
     def _take_over_state(self) -> None:
         assert self.held is not None
@@ -171,15 +197,22 @@ class Participant:
         held, network = self.held, self.network
         assert held is not None
         context = Context(
-            self.run, self.keypair, network.endpoint, network.directory, self._boundary, self.bus.emit
+            self.run, self.keypair, network.endpoint, network.directory, self._boundary, self.bus.emit,
+            keep=self._place.planner.settings.keep if self._place is not None else AMPLE,
         )
         parameters = dict(held.model.named_parameters())
         self.averager = Averager(context, held.layouts, held.states, parameters)
         self.averager.trust(trusted)
         return await self.averager.synchroniser.join()
 
+    async def _stream_later(self) -> PackedStream:
+        """The text, for a peer that comes to serve the first fragment while it runs."""
+        if self._stream is None:
+            await asyncio.to_thread(self._load_data)
+        assert self._stream is not None
+        return self._stream
+
     def _load_data(self) -> None:
-        assert self.held is not None
         train, _ = documents(self.run.data, cache=self.home.path / "cache")
         tokens = tokenise(train, load_tokenizer(self.run))
         self._stream = PackedStream(
@@ -209,33 +242,20 @@ class Participant:
     def train(self) -> None:
         began = time.monotonic()
         if self.averager is not None:
-            assert self.held is not None
-            self.trainer = self._make_trainer(self.held, self.averager)
+            assert self.held is not None and self._place is not None
+            may_move = self.config.fragment_span is None and self.run.averaging.mode != "sync"
+            made = assemble(
+                self.run, self.held, self._place, self.averager, self.network, self._boundary, device=self._device,
+                stream=self._stream, load_stream=self._stream_later, may_move=may_move, emit=self.bus.emit,
+            )
+            self.trainer, self.mover = made.trainer, made.mover
             self.trainer.on_step = self.on_step
             self.trainer.start()
+            if self.mover is not None:
+                self.held = None  # what the mover lets go of shall leave memory
+                self._moving = self.network.submit(self.mover.run_forever())
         stop = "stop with Ctrl+C (it finishes the round first)"
         self._check("training", f'you are "{self.name}"; {stop}', began)
-
-    def _make_trainer(self, held: Held, averager: Averager) -> Trainer | StageTrainer:
-        is_whole = len(held.fragments) == self.run.fragments
-        serving: Serving
-        inner = InnerOptimizer(
-            held.model, held.fragments, self.run, between=lambda: serving.pause(),
-            warn=lambda text: self.bus.emit(Warning(text)),
-        )
-        serving = self.network.run(serve(
-            self.run, held, inner, averager, self.network, self._boundary,
-            stream=None if is_whole else self._stream,
-            on_done=self._on_own_microbatch, in_flight=self._place.in_flight if self._place is not None else CREDIT,
-        ))
-        if not is_whole:
-            return StageTrainer(self.run, serving, averager, self.network, stream=self._stream)
-        assert self._stream is not None
-        return Trainer(self.run, inner, self._stream, averager, self.network, self._boundary, serving)
-
-    def _on_own_microbatch(self, loss: float, tokens: int) -> None:
-        if isinstance(self.trainer, StageTrainer):
-            self.trainer.done(loss, tokens)
 
     async def _start_averager(self) -> None:
         assert self.averager is not None
@@ -268,13 +288,18 @@ class Participant:
 
     def status(self) -> Status:
         """What this peer tells the others."""
-        trainer, averager = self.trainer, self.averager
+        trainer, averager, mover = self.trainer, self.averager, self.mover
+        place = self._place.part if self._place is not None else None
+        serving = place if trainer and not self._stopped else None
         return Status(
             run_id=self.run.run_id, name=self.name, role=self.config.role, maddrs=self._arrival.own_maddrs()[:8],
             reach=self._arrival.situation.reach,
             heads=averager.heads() if averager else [], pending=averager.pending() if averager else [],
             tokens=trainer.tokens if trainer else 0,
             tokens_per_s=trainer.tokens_per_s if trainer and not self._stopped else 0.0,
+            serving=mover.said_serving() if mover and serving else serving and list(serving),
+            target=mover.said_target() if mover else None if trainer or place is None else list(place),
+            speed=trainer.speed if trainer else 0.0, claim=mover.said_claim() if mover else None,
             loss=trainer.loss if trainer else None, leaving=self._leaving,
         )
 
@@ -334,6 +359,7 @@ class Participant:
     def leave(self) -> None:
         """Finish: the contribution at hand goes into a round, state is handed over, a checkpoint is written."""
         self._leaving = True
+        self._stop_moving()
         if self.trainer is not None:
             self.network.run(handover.tell_all(self.network.directory))  # others send elsewhere from now on
             self.trainer.stop()
@@ -351,6 +377,7 @@ class Participant:
     def close(self) -> None:
         """End everything, from any state; nothing is left behind. Safe to call twice."""
         with self._closed:
+            self._stop_moving()
             if self.trainer is not None:
                 self.trainer.stop()
                 self.write_checkpoint()  # nothing new to write after `leave`; after an error it is what resumes
@@ -359,6 +386,11 @@ class Participant:
                     self.network.run(self.averager.stop(), timeout_s=10)
                 self.averager = None
             self.network.stop()
+
+    def _stop_moving(self) -> None:
+        if self._moving is not None:
+            self._moving.cancel()
+            self._moving = None
 
     def _check(self, name: str, text: str, began: float) -> None:
         self.bus.emit(Check(name, text, round(time.monotonic() - began, 1)))

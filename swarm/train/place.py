@@ -2,27 +2,32 @@
 fragments as fit that the swarm needs most (pipeline/placement.py).
 
 The plan counts everything that training and averaging keep. Where a stage is too large for many microbatches at once,
-fewer are planned for, down to one, before a smaller stage is; the chain then takes no more than that.
+fewer are planned for, down to one (the chain then takes no more than that), then less of the past is kept, and fewer
+bits (settings.py), before a smaller stage is.
 """
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import count
 
 import torch
 
+from swarm.averaging import outer
 from swarm.config import PeerConfig, RunConfig
 from swarm.errors import SwarmError
 from swarm.host.device import available_bytes
+from swarm.host.keep import LITTLE
 from swarm.host.memory import PartSize, StagePlan, Work, check_fits, plan_stage
 from swarm.model.fragments import FragmentSpec, cut
 from swarm.model.skeleton import skeleton
 from swarm.network.records import Status
 from swarm.pipeline.placement import choose_stage
-from swarm.pipeline.snapshot import Fragments, Holder, Snapshot
+from swarm.pipeline.snapshot import NO_STAGE, Fragments, Holder
+from swarm.train import surroundings
 from swarm.train.serving import CREDIT, microbatch_sequences
+from swarm.train.settings import Settings, choices
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,8 @@ class Place:
     plan: StagePlan
     text: str
     """which fragments, and why"""
+    planner: Planner
+    """for the stages that may come later"""
 
 
 def choose(
@@ -48,105 +55,140 @@ def choose(
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
         gpu_bytes = min(free, config.max_memory or free)
-    planner = _Planner(
-        [_size(fragment, text_config.vocab_size, is_last=fragment is fragments[-1]) for fragment in fragments],
-        Work(
+    sizes = [_size(fragment, text_config.vocab_size, is_last=fragment is fragments[-1]) for fragment in fragments]
+    round_bytes = max(size.num_parameters for size in sizes) * run.averaging.bits * 5 // 4 // 8  # a quarter is 8-bit
+    ways = _Ways(Planner(
+        sizes, Work(
             hidden_size=text_config.hidden_size, num_heads=text_config.num_attention_heads,
-            sequence_length=run.train.sequence_length, bits=run.averaging.bits, on_gpu=device.type == "cuda",
-        ), run, main_bytes, gpu_bytes,
-    )
+            sequence_length=run.train.sequence_length, microbatch_sequences=microbatch_sequences(run),
+            pieces=run.train.batch_sequences // microbatch_sequences(run), bits=run.averaging.bits,
+            buffers=outer.num_buffers(run), sync=run.averaging.mode == "sync", on_gpu=device.type == "cuda",
+        ), run, main_bytes, gpu_bytes, Settings(),
+    ), choices(run, config, device, round_bytes=round_bytes))
     everything = (0, run.fragments)
     if config.fragment_span is not None:
-        place = planner.place(config.fragment_span, "as it was told to")
+        place = ways.best(config.fragment_span, "as it was told to")
         check_fits(place.plan)
         return place
-    place = planner.place(everything, "they fit")
+    place = ways.best(everything, "they fit")
     if place.plan.fits:
         return place
-    room_bytes = gpu_bytes if device.type == "cuda" else main_bytes
-    largest = max((end - first for first, end in planner.fitting()), default=0)
-    if not largest:
+    planner = ways.roomiest()
+    if not planner.room_bytes():
         raise SwarmError(
             "this model does not fit", why="not even one fragment of it:\n" + planner.place((0, 1), "").plan.table(),
             do="use a machine with more memory, allow more (--max-memory), or cut the model into more fragments",
         )
-    sizes = tuple(planner.bytes_of(index) for index in range(run.fragments))
-    me = Holder(peer_id, (0, 0), (0, 0), min(room_bytes, sum(sorted(sizes)[-largest:])), _usual_speed(run, statuses))
-    snapshot = Snapshot(_holders(run, statuses), Fragments(sizes, _work(fragments)))
-    first, end = choose_stage(snapshot, me)
-    while end - first > 1 and not planner.place((first, end), "").plan.fits:
+    me = Holder(peer_id, NO_STAGE, NO_STAGE, planner.room_bytes(), surroundings.usual_speed(run, statuses))
+    first, end = choose_stage(surroundings.snapshot(run, statuses, planner.fragments()), me)
+    while end - first > 1 and not planner.in_flight(range(first, end)):
         end -= 1
-    place = planner.place((first, end), "as many as fit, where the swarm needs them most")
+    place = ways.best((first, end), "as many as fit, where the swarm needs them most")
     check_fits(place.plan)
     return place
 
 
+class _Ways:
+    """To use this peer's memory, from the best to the one that takes least; each found out when it is come to."""
+
+    def __init__(self, planner: Planner, settings: Iterator[Settings]) -> None:
+        self._planner, self._settings = planner, settings
+        self._known: list[Planner] = []
+
+    def best(self, part: tuple[int, int], why: str) -> Place:
+        """The first that fits; a peer with the whole model rather saves than does nothing for others. Where none fits,
+        the last."""
+        is_whole = part == (0, len(self._planner.sizes))
+        for least in (1, 0) if is_whole else (1,):
+            for planner in self._all():
+                place = planner.place(part, why, least=least)
+                if place.plan.fits:
+                    return place
+        return place
+
+    def roomiest(self) -> Planner:
+        """The way in which most fragments fit. Of small models it is not that of the fewest bits, which load a
+        library."""
+        least = [planner for planner in self._all() if planner.settings.keep.name == LITTLE.name]
+        return max(least, key=Planner.longest)
+
+    def _all(self) -> Iterator[Planner]:
+        for number in count():
+            if number == len(self._known):
+                settings = next(self._settings, None)
+                if settings is None:
+                    return
+                self._known.append(replace(self._planner, settings=settings))
+            yield self._known[number]
+
+
 @dataclass(frozen=True)
-class _Planner:
+class Planner:
+    """What fits into this peer's memory, as it was free at the start, used in this way."""
+
     sizes: Sequence[PartSize]
+    """of each fragment"""
     work: Work
     run: RunConfig
     main_bytes: int
     gpu_bytes: int
+    settings: Settings
 
-    def place(self, part: tuple[int, int], why: str) -> Place:
-        """With as many microbatches at once as fit; with one where even that does not."""
-        chained = part != (0, len(self.sizes))
-        size = sum(self.sizes[slice(*part)][1:], start=self.sizes[part[0]])
+    def place(self, part: tuple[int, int], why: str, *, least: int = 1) -> Place:
+        """With as many microbatches at once as fit; with `least` where even that does not."""
+        in_flight = self.in_flight(range(*part)) or least
+        plan = self._plan(range(*part), in_flight)
+        is_whole = part == (0, len(self.sizes))
+        which = "the whole model" if is_whole else f"fragments {part[0]}:{part[1]} of {len(self.sizes)}"
+        return Place(part, in_flight, plan, f"{which}: {why}; {self.settings.text}", self)
+
+    def in_flight(self, held: Collection[int]) -> int:
+        """For how many microbatches at once there is room beside these fragments; 0: not for one."""
         in_flight = CREDIT
-        plan = self._plan(size, in_flight, chained=chained)
-        while not plan.fits and in_flight > 1:
+        while in_flight and not self._plan(held, in_flight).fits:
             in_flight //= 2
-            plan = self._plan(size, in_flight, chained=chained)
-        which = f"fragments {part[0]}:{part[1]} of {len(self.sizes)}" if chained else "the whole model"
-        return Place(part, in_flight, plan, f"{which}: {why}")
+        return in_flight
+
+    def fragments(self) -> Fragments:
+        """As placement sees them."""
+        return Fragments(
+            tuple(self.bytes_of(index) for index in range(len(self.sizes))),
+            tuple(float(size.num_blocks) for size in self.sizes),
+        )
+
+    def room_bytes(self) -> int:
+        """As much as the longest stage that fits takes, measured in `fragments()`; 0: not even one fragment fits."""
+        limit = self.gpu_bytes if self.work.on_gpu else self.main_bytes
+        largest = self.longest()
+        return min(limit, sum(sorted(self.fragments().sizes_bytes)[-largest:])) if largest else 0
+
+    def longest(self) -> int:
+        """Fragments in a row that fit at most."""
+        return max((end - first for first, end in self.fitting()), default=0)
 
     def fitting(self) -> Iterator[tuple[int, int]]:
         for first in range(len(self.sizes)):
             for end in range(first + 1, len(self.sizes) + 1):
-                if not self.place((first, end), "").plan.fits:
+                if not self._plan(range(first, end), 1).fits:
                     break
                 yield first, end
 
     def bytes_of(self, index: int) -> int:
         """That a fragment takes of this peer's room, with one microbatch at a time."""
-        plan = self._plan(self.sizes[index], 1, chained=True)
-        return plan.gpu_bytes if self.work.on_gpu else plan.main_bytes - plan.rows[0].num_bytes
+        rows = self._plan([index], 1).rows
+        return sum(row.num_bytes for row in rows if row.on_gpu == self.work.on_gpu and not row.shared)
 
-    def _plan(self, size: PartSize, in_flight: int, *, chained: bool) -> StagePlan:
-        train = self.run.train
-        sequences = microbatch_sequences(self.run) if chained else train.batch_sequences
+    def _plan(self, held: Collection[int], in_flight: int) -> StagePlan:
+        sizes, settings = [self.sizes[index] for index in held], self.settings
+        is_whole = len(sizes) == len(self.sizes)
         work = replace(
-            self.work, microbatch_sequences=sequences, microbatches_in_flight=in_flight if chained else 1,
-            chained=chained,
+            self.work, microbatches_in_flight=in_flight, halved=settings.halved, keep=settings.keep,
+            optimizer_bits=settings.optimizer_bits, batch_sequences=self.run.train.batch_sequences if is_whole else 0,
         )
+        size = sum(sizes[1:], start=sizes[0])
         return plan_stage(size, work, main_limit_bytes=self.main_bytes, gpu_limit_bytes=self.gpu_bytes)
 
 
 def _size(fragment: FragmentSpec, vocabulary: int, *, is_last: bool) -> PartSize:
     numel = sum(torch.Size(tensor.shape).numel() for tensor in fragment.tensors)
     return PartSize(numel, fragment.blocks[1] - fragment.blocks[0], vocabulary if is_last else 0)
-
-
-def _work(fragments: Sequence[FragmentSpec]) -> tuple[float, ...]:
-    return tuple(float(fragment.blocks[1] - fragment.blocks[0]) for fragment in fragments)
-
-
-def _holders(run: RunConfig, statuses: Mapping[str, Status]) -> list[Holder]:
-    found = []
-    for peer_id, status in statuses.items():
-        held = sorted(status.held())
-        if held and len(status.heads) == run.fragments:
-            stage = held[0], held[-1] + 1
-            found.append(Holder(peer_id, stage, stage, 0, _speed(run, status)))
-    return found
-
-
-def _speed(run: RunConfig, status: Status) -> float:
-    """Fragments times tokens a second; what a peer does now, since what it could do nobody has measured."""
-    return max(1.0, status.tokens_per_s * run.fragments)
-
-
-def _usual_speed(run: RunConfig, statuses: Mapping[str, Status]) -> float:
-    speeds = [_speed(run, status) for status in statuses.values() if status.held()]
-    return statistics.median(speeds) if speeds else 1.0

@@ -25,7 +25,7 @@ from swarm.pipeline.origin import Origin
 from swarm.pipeline.routing import Router
 from swarm.pipeline.work import WorkQueue
 from swarm.train.boundary import Boundary
-from swarm.train.inner import InnerOptimizer
+from swarm.train.optimizers import Optimizers
 from swarm.train.run_source import Held
 from swarm.train.stage_steps import StageSteps
 
@@ -40,14 +40,15 @@ NUMBERS_A_MS = 1000
 
 @dataclass
 class Serving:
-    """On the training thread: `work`, `compute`, `steps`; on the network's: `chain`, `origin`."""
+    """On the training thread: `work`, `compute`, `steps`; on the network's: `chain`, `new_origin`."""
 
     work: WorkQueue
     compute: StageCompute
     steps: StageSteps
     chain: Chain
-    origin: Origin | None
-    """of own microbatches; None where the first fragment is not held, or all are"""
+    new_origin: Callable[[PackedStream, Callable[[float, int], None]], Origin]
+    """of own microbatches, drawn from a stream, for a peer that has come to serve the first fragment; it is told their
+    loss and tokens as they are done"""
     boundary: Boundary
 
     def pause(self) -> None:
@@ -62,11 +63,11 @@ class Serving:
 
 
 async def serve(
-    run: RunConfig, held: Held, inner: InnerOptimizer, averager: Averager, network: Network, boundary: Boundary, *,
-    stream: PackedStream | None, on_done: Callable[[float, int], None], in_flight: int,
+    run: RunConfig, held: Held, inner: Optimizers, averager: Averager, network: Network, boundary: Boundary, *,
+    in_flight: int,
 ) -> Serving:
-    """On the network's thread. From now on others may send microbatches here. `stream`: where own ones are to be sent
-    down the chain; `on_done`: their loss and tokens; `in_flight`: microbatches that there is room for at once."""
+    """On the network's thread. From now on others may send microbatches here. `in_flight`: microbatches that there is
+    room for at once."""
     first, end = held.fragments[0].index, held.fragments[-1].index + 1
     work = WorkQueue()
     compute = StageCompute(held.stage, {f.index: f for f in held.fragments}, inner.parameters)
@@ -86,18 +87,19 @@ async def serve(
         max_in_flight=in_flight, holders=lambda: calls.holders(network.directory.alive()), bits=bits, back_bits=bits,
         is_ready=is_ready,
     )
-    origin = None
-    if stream is not None:
-        origin = Origin(
+
+    def new_origin(stream: PackedStream, on_done: Callable[[float, int], None]) -> Origin:
+        return Origin(
             network.peer_id, chain, link_calls, draw=lambda: stream.next_batch(microbatch_sequences(run)),
-            first_number=int(time.time() * 1000) * NUMBERS_A_MS, largest_credit=in_flight, on_done=on_done,
+            first_number=int(time.time() * 1000) * NUMBERS_A_MS, largest_credit=chain.max_in_flight, on_done=on_done,
         )
+
     steps = StageSteps(
         run, inner, compute, averager, announce=lambda: network.submit(averager.announce())
     )
     calls.serve(chain, network.endpoint)
     averager.context.spawn(_tidy_forever(chain))  # ends with the averager, as the peer does
-    return Serving(work, compute, steps, chain, origin, boundary)
+    return Serving(work, compute, steps, chain, new_origin, boundary)
 
 
 async def _tidy_forever(chain: Chain) -> None:

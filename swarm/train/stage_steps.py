@@ -6,20 +6,20 @@ In `sync` runs there is no inner step, and what was learnt goes on to averaging 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from swarm.averaging.averager import Averager
 from swarm.averaging.outer import learning_rate
 from swarm.config import RunConfig
 from swarm.pipeline.compute import StageCompute
-from swarm.train.inner import InnerOptimizer
+from swarm.train.optimizers import Optimizers
 
 
 class StageSteps:
     """On the training thread only."""
 
     def __init__(
-        self, run: RunConfig, inner: InnerOptimizer, compute: StageCompute, averager: Averager, *,
+        self, run: RunConfig, inner: Optimizers, compute: StageCompute, averager: Averager, *,
         announce: Callable[[], object] = lambda: None,
     ) -> None:
         """`announce`: says to the others that there is something to average (`sync` runs: they wait for it)."""
@@ -35,12 +35,12 @@ class StageSteps:
         """A step of each fragment that has its quota."""
         self._take(self._quota)
 
-    def take_rest(self) -> None:
-        """A step from whatever there is: this peer leaves."""
-        self._take(1)
+    def take_rest(self, fragment: int | None = None) -> None:
+        """A step from whatever there is: this peer leaves, or lets go of that fragment."""
+        self._take(1, None if fragment is None else [fragment])
 
-    def _take(self, quota: int) -> None:
-        for fragment in self._compute.fragments:
+    def _take(self, quota: int, fragments: Collection[int] | None = None) -> None:
+        for fragment in fragments or self._compute.fragments:
             if self._compute.tokens(fragment) < quota:
                 continue
             gradients, tokens = self._compute.take(fragment)

@@ -8,7 +8,6 @@ one led to.
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
 import contextlib
 import threading
 import time
@@ -20,6 +19,7 @@ from swarm.averaging.averager import Averager
 from swarm.config import RunConfig
 from swarm.data.stream import PackedStream
 from swarm.network.network import Network
+from swarm.pipeline.origin import Origin
 from swarm.train.metered import Metered
 from swarm.train.serving import Serving, microbatch_sequences
 from swarm.train.trainer import give_way
@@ -33,11 +33,12 @@ QUIET_S = 1.5
 
 
 class StageTrainer(Metered):
-    """Has the same face as `Trainer`. `stream`: where this peer holds the first fragment."""
+    """Has the same face as `Trainer`."""
 
     def __init__(
         self, run: RunConfig, serving: Serving, averager: Averager, network: Network, *, stream: PackedStream | None
     ) -> None:
+        """`stream`: where this peer serves the first fragment at its start."""
         super().__init__()
         self.error: BaseException | None = None
         self.on_step: Callable[[float, int], None] = lambda loss, tokens: None
@@ -48,34 +49,39 @@ class StageTrainer(Metered):
         self._worked_at = 0.0
         self._leave, self._stop = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._train, name="training", daemon=True)
-        self._originating: concurrent.futures.Future[None] | None = None
+        self._origin: Origin | None = None
+        self._originating: asyncio.Task[None] | None = None
+        self._no_more = False
+        """own microbatches end, and others' do not"""
         serving.chain.on_committed = lambda start, end: self._committed()
 
     def start(self) -> None:
         self._serving.boundary.open()
         self._thread.start()
-        if self._serving.origin is not None:
-            self._originating = self._network.submit(self._originate())
+        if self._stream is not None:
+            self._network.run(self.originate(self._stream))
 
     def stop(self) -> None:
         """Finishes the microbatches under way, its own and others', takes a last step, and returns."""
         self._leave.set()
         if self._thread.is_alive():
             self._settled_by = time.monotonic() + SETTLE_S
-            if self._originating is not None:
-                with contextlib.suppress(Exception):
-                    self._originating.result(timeout=SETTLE_S)
+            with contextlib.suppress(Exception):
+                self._network.run(self.stop_originating(deadline_s=SETTLE_S), timeout_s=2 * SETTLE_S)
             self._stop.set()
             self._thread.join()
-        if self._originating is not None:
-            self._originating.cancel()
 
     @property
     def tokens(self) -> int:
         """trained since this peer started; with a part of the model, that part of each token"""
         return round(self._serving.steps.shares)
 
-    def done(self, loss: float, tokens: int) -> None:
+    @property
+    def speed(self) -> float:
+        """Fragments times tokens a second that it could do, by how long microbatches take it; 0: not known yet."""
+        return self._serving.chain.speed
+
+    def _done(self, loss: float, tokens: int) -> None:
         """A microbatch of its own is done everywhere."""
         self._losses.append(loss)
         self.on_step(loss, tokens)
@@ -110,34 +116,54 @@ class StageTrainer(Metered):
 
     # -- on the network's thread ------------------------------------------------------------------------------------
 
-    async def _originate(self) -> None:
-        origin = self._serving.origin
-        assert origin is not None
+    async def originate(self, stream: PackedStream) -> None:
+        """This peer serves the first fragment: from now on it draws text, too."""
+        self._stream, self._no_more = stream, False
+        self._origin = self._serving.new_origin(stream, self._done)
+        self._originating = asyncio.create_task(self._originate(self._origin, stream))
+
+    async def stop_originating(self, *, deadline_s: float) -> None:
+        """No new microbatches of its own; what is not done by the deadline is given up, and counts nowhere."""
+        if self._origin is None or self._originating is None:
+            return
+        self._no_more = True
+        await asyncio.wait([self._originating], timeout=deadline_s)
+        await self._origin.stop()
+        self._originating.cancel()
+        self._origin = self._originating = None
+
+    def limit(self, in_flight: int) -> None:
+        """Microbatches that there is room for at once, from now on."""
+        self._serving.chain.max_in_flight = in_flight
+        if self._origin is not None:
+            self._origin.credit.largest = in_flight
+
+    async def _originate(self, origin: Origin, stream: PackedStream) -> None:
         try:
             if self._run.averaging.mode == "sync":
-                await self._step_forever()
+                await self._step_forever(origin, stream)
             else:
-                await origin.run(until=self._leave.is_set)
+                await origin.run(until=self._is_over_here)
         except Exception as error:
             self.error = error
             self._stop.set()
 
-    async def _step_forever(self) -> None:
-        """`sync`: a batch, then a round of every fragment, again."""
-        origin, stream = self._serving.origin, self._stream
-        assert origin is not None and stream is not None
+    def _is_over_here(self) -> bool:
+        return self._no_more or self._leave.is_set()
 
+    async def _step_forever(self, origin: Origin, stream: PackedStream) -> None:
+        """`sync`: a batch, then a round of every fragment, again."""
         def oldest() -> int:
             return min(state.version for state in self._averager.states())
 
-        while not self._leave.is_set():
+        while not self._is_over_here():
             batch = stream.next_batch(self._run.train.batch_sequences)
             version = oldest()
             pieces = list(torch.split(batch, microbatch_sequences(self._run)))
-            self.done(await origin.step(pieces, version=version), batch.numel())
+            self._done(await origin.step(pieces, version=version), batch.numel())
             deadline = time.monotonic() + self._run.averaging.max_round_s
             # a fragment held here may have been done by another holder: nothing is pending then, and the step not over
             while (oldest() <= version or any(self._averager.pending())) and time.monotonic() < deadline:
-                if self._leave.is_set():
+                if self._is_over_here():
                     break
                 await asyncio.sleep(WAIT_S)

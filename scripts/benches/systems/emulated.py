@@ -50,7 +50,7 @@ class Padded(StageCompute):
 
     def backward(self, key: Hashable, gradient: torch.Tensor | None) -> torch.Tensor | None:
         graph = self._graphs[key]
-        until = time.monotonic() + self.times.backward_s * (graph.end - graph.start)
+        until = time.monotonic() + self.times.backward_s * len(graph.fragments)
         found = super().backward(key, gradient)
         if gradient is not None:
             sleep_until(until)
@@ -63,7 +63,7 @@ class Emulated(StageCompute):
     times = Times(0.0, 0.0)
 
     def __init__(
-        self, stage: Stage, fragments: Mapping[int, FragmentSpec], parameters: Mapping[str, torch.nn.Parameter]
+        self, stage: Stage, fragments: dict[int, FragmentSpec], parameters: Mapping[str, torch.nn.Parameter]
     ) -> None:
         super().__init__(stage, fragments, parameters)
         self._hidden = stage.model.config.get_text_config().hidden_size

@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from swarm.averaging.global_state import GlobalState, initial_state
-from swarm.host.keep import LITTLE, MAX_OWN
 from swarm.averaging.layout import Layout, layout_of
 from swarm.averaging.ledger import Contribution, Drift, Gradients, Ledger
 from swarm.averaging.packed import Packed
+from swarm.host.keep import LITTLE, MAX_OWN
 from swarm.model import working
 from swarm.model.fragments import FragmentSpec, TensorSpec
 from swarm.network import codec

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from swarm.host.keep import AMPLE, LEVELS, LITTLE, MAX_OWN, Keep
 from swarm.averaging.packed import Packed
 from swarm.errors import PeerRefused
+from swarm.host.keep import AMPLE, LEVELS, LITTLE, MAX_OWN, Keep
 from swarm.network.codec import BLOCK
 
 
@@ -27,7 +27,7 @@ def test_zero_stays_zero_and_what_is_not_finite_is_refused() -> None:
 
 
 def test_what_is_kept_gets_less_from_level_to_level() -> None:
-    levels = list(LEVELS.values())
+    levels = list(LEVELS)
     for more, less in zip(levels, levels[1:], strict=False):
         assert more.leases >= less.leases and more.previous >= less.previous
         assert more.results_bytes > less.results_bytes and more.own(10**8) >= less.own(10**8)

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from swarm.averaging.global_state import GlobalState, initial_state, outranks
-from swarm.host.keep import MAX_OWN
 from swarm.averaging.layout import layout_of
 from swarm.averaging.ledger import Drift, Ledger
 from swarm.averaging.packed import Packed
+from swarm.host.keep import MAX_OWN
 from swarm.model.fragments import FragmentSpec, TensorSpec
 from swarm.network import codec
 

@@ -173,7 +173,7 @@ def test_what_was_let_go_of_counts_for_nothing() -> None:
     tokens = microbatches(1, seed=9)[0]
     compute, _ = held(0, 3)
     compute.loss("late", tokens, tokens, start=0, end=3)
-    del compute.fragments[0]  # type: ignore[attr-defined]
+    del compute.fragments[0]
     compute.commit("late")
     assert [compute.tokens(f) for f in range(3)] == [0, tokens.numel(), tokens.numel()]
 
