@@ -32,8 +32,9 @@ from swarm.data.tokenizer import load_tokenizer
 from swarm.errors import HomeError, NetworkError, SwarmError
 from swarm.events import Bus, Check, Ready, Warning
 from swarm.host.device import choose_device
+from swarm.host.freed import return_freed_memory
 from swarm.host.home import Home
-from swarm.host.keep import AMPLE
+from swarm.host.keep import AMPLE, LITTLE
 from swarm.network import join
 from swarm.network.keys import Keypair, friendly_name
 from swarm.network.maddr import join_command
@@ -146,6 +147,8 @@ class Participant:
         self._place = choose(
             run, self.config, device=device, statuses=statuses, peer_id=self.network.peer_id
         )
+        if self._place.planner.settings.keep.name == LITTLE.name:
+            return_freed_memory()
         return self._place
 
     def _first_part(self, place: Place) -> tuple[int, int]:
