@@ -50,11 +50,14 @@ LATENT = {
 }
 """multi-head latent attention"""
 MORE: dict[str, dict[str, Any]] = {
-    **dict.fromkeys(("deepseek_v2", "deepseek_v3", "youtu", "axk1", "glm4_moe_lite", "kimi_linear"), LATENT),
+    **dict.fromkeys(("deepseek_v2", "deepseek_v3", "youtu", "axk1", "glm4_moe_lite"), LATENT),
     "falcon": {"head_dim": ...},
+    "falcon_h1": {"mamba_d_ssm": 64, "mamba_n_heads": 8, "mamba_d_state": 16, "mamba_chunk_size": 4},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
+    "kimi_linear": {**LATENT, "linear_num_heads": 4, "linear_head_dim": 8},
+    "nemotron_h": {"mamba_num_heads": 8, "mamba_head_dim": 8, "ssm_state_size": 16, "chunk_size": 4},
 }
-"""where that is not enough; `...`: not this one"""
+"""where that is not enough, or is not small (some take 20 s as they come); `...`: not this one"""
 
 
 def names() -> list[str]:

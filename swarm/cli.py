@@ -46,6 +46,10 @@ _HELP: dict[str, dict[str, tuple[str, str]]] = {
         "weights": ("KIND", "fp32, bf16 (3 bytes a weight, and half the gradients), or auto: fp32 where that fits"),
         "optimizer_bits": ("BITS", "of AdamW's moments: 32, 8, or auto: 32 where that fits"),
         "max_memory": ("SIZE", "how much memory to take at most, such as 6GB (default: what is free)"),
+        "spare_disk": (
+            "SIZE", "disk for spare copies of what others hold, so that it outlives them; 0: none (default: a tenth of "
+            "what is free, 20GB at most)",
+        ),
         "listen": (_MADDR, "addresses to listen on (default: a free TCP port, kept for the next start)"),
         "announce": (_MADDR, "addresses to tell others, where they differ, as with port forwarding"),
         "no_introductions": ("", "do not help peers behind closed routers to find each other"),
@@ -62,9 +66,12 @@ _CHOICES = {
 }  # fmt: skip
 _READ: dict[str, Callable[[str], Any]] = {
     "join_timeout_s": float, "until_tokens": parse_count, "threads": parse_count, "max_memory": parse_bytes,
+    "spare_disk": parse_bytes,
 }  # fmt: skip
-MIN_MEMORY_BYTES = 500_000_000
-"""the program itself takes most of that"""
+
+
+MIN_MEMORY_BYTES = 400_000_000
+"""the program itself takes that; see host/memory.py"""
 
 
 def parse(argv: Sequence[str], environ: Mapping[str, str]) -> PeerConfig:

@@ -96,6 +96,15 @@ class AveragingConfig:
 
 
 @dataclass(frozen=True)
+class PipelineConfig:
+    """How microbatches travel between peers that hold parts of the model."""
+
+    activation_bits: int = 8
+    """a value of what is sent on: 8, 4 (half the bytes, where the links bind; its loss is not measured over long runs)
+    or 32 (exact). Gradients come back with 8, or with 32 where activations have 32. `sync` runs always have 32"""
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """What a swarm trains. All its peers agree on every byte of it."""
 
@@ -108,6 +117,7 @@ class RunConfig:
     seed: int = 0
     train: TrainConfig = field(default_factory=TrainConfig)
     averaging: AveragingConfig = field(default_factory=AveragingConfig)
+    pipeline: PipelineConfig = field(default_factory=PipelineConfig)
     initial_digests: list[str] = field(default_factory=list)
     """of each fragment at version 0; filled in by the peer that starts the run, so that a joiner can check it"""
 
@@ -147,6 +157,9 @@ class PeerConfig:
     """auto | 32 | 8: of AdamW's two moments, which no other peer sees"""
     max_memory: int | None = None
     """bytes this peer may take, of main memory and of the GPU's each; default: what is free"""
+    spare_disk: int | None = None
+    """bytes of the disk for spare copies of fragments that others hold, 0: none; default: a tenth of what is free,
+    20 GB at most"""
     listen: list[str] = field(default_factory=list)
     """multiaddresses to listen on; default: a free TCP port on every interface, kept for the next start"""
     announce: list[str] = field(default_factory=list)
@@ -175,12 +188,15 @@ class PeerConfig:
 
 
 def canonical_json(run: RunConfig) -> bytes:
-    """The one spelling of a run config: sorted keys, no spaces, ASCII. Its SHA-256 names the run.
+    """The one spelling of a run config: sorted keys, no spaces, ASCII. Its SHA-256 names the run. A section that came
+    later is spelt only where it says anything, so that runs from before keep their names.
 
     Raises ConfigError for what JSON cannot spell; a RunConfig that was made can be spelt.
     """
     try:
         document = dataclasses.asdict(run)
+        if run.pipeline == PipelineConfig():
+            del document["pipeline"]
         json.dumps(document, ensure_ascii=False).encode()  # half a surrogate pair is no text, though ASCII spells it
         return json.dumps(document, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
     except (TypeError, ValueError, RecursionError) as error:
@@ -327,6 +343,10 @@ def _check_run(run: RunConfig) -> None:
     need(averaging.mode in ("local", "sync"), "averaging.mode must be local or sync", f"got {_shown(averaging.mode)}")
     need(averaging.bits in (4, 8, 32), "averaging.bits must be 4, 8 or 32", f"got {_shown(averaging.bits)}")
     need(averaging.mode == "local" or averaging.bits == 32, "averaging.mode sync is exact: it needs bits 32")
+    bits = run.pipeline.activation_bits
+    need(bits in (4, 8, 32), "pipeline.activation_bits must be 4, 8 or 32", f"got {_shown(bits)}")
+    rough = averaging.mode == "sync" and bits == 4
+    need(not rough, "averaging.mode sync is exact: it cannot have pipeline.activation_bits 4")
     need(averaging.tokens_per_round > 0, "averaging.tokens_per_round must be positive")
     need(0.1 <= averaging.max_round_s <= 86_400, "averaging.max_round_s must be 0.1 to 86400")
     need(0 < averaging.outer_learning_rate <= 10, "averaging.outer_learning_rate must be over 0 and at most 10")

@@ -70,6 +70,11 @@ class Observer:
     def close(self) -> None:
         self._network.stop()
 
+    @property
+    def network(self) -> Network:
+        """For who asks more than statuses and states; see swarm/evaluate.py."""
+        return self._network
+
     # -- who is there -----------------------------------------------------------------------------------------------
 
     def ask_everybody(self, *, at_least: int = 1, wait_s: float = 8.0) -> None:

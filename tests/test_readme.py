@@ -20,6 +20,7 @@ INLINE = re.compile(r"`((?:python -m swarm\.peer|scripts/)[^`]*)`")
 LINK = re.compile(r"\]\(([^)]+)\)")
 WITH_PARSER = {
     "quickstart": "quickstart", "monitor.py": "monitor", "export.py": "export", "local_swarm.py": "local_swarm",
+    "evaluate.py": "evaluate", "generate.py": "generate",
     "bench.py": "bench",
 }  # fmt: skip
 

@@ -11,8 +11,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from swarm.averaging.context import Context
+from swarm.averaging.download import Donor
 from swarm.averaging.held import HeldFragment
 from swarm.averaging.messages import Commit, Invitation
+from swarm.averaging.results import History
+from swarm.averaging.spare_copies import SpareCopies
 from swarm.errors import BadMessage, NetworkError, PeerRefused
 from swarm.network import records
 from swarm.network.link import Answer, Link
@@ -28,6 +31,8 @@ class Answers:
         """`fragments`: those held, by their index in the run; they may change. `is_serving`: is this peer's own state
         the swarm's by now?"""
         self._context, self._fragments, self._is_serving = context, fragments, is_serving
+        self.spares: SpareCopies | None = None
+        """copies of other fragments, whose states and commits are given as well"""
         self._introducing: asyncio.Task[None] | None = None
 
     def register(self) -> None:
@@ -47,18 +52,37 @@ class Answers:
         endpoint.on("chunk", self._on_chunk)
         endpoint.on("knows", self._on_knows)
 
-    def _fragment(self, header: dict[str, Any]) -> HeldFragment:
+    def _index(self, header: dict[str, Any]) -> int:
         index = header.get("fragment")
         if type(index) is not int or not 0 <= index < self._context.run.fragments:  # True is an int
             raise BadMessage("there is no such fragment")
         if not self._is_serving():
             raise PeerRefused("this peer is still joining")
+        return index
+
+    def _fragment(self, header: dict[str, Any]) -> HeldFragment:
+        index = self._index(header)
         fragment = self._fragments.get(index)
         if fragment is None:
             raise PeerRefused(f"this peer does not hold fragment {index}")
         if not fragment.ready:
             raise PeerRefused(f"this peer is still downloading fragment {index}")
         return fragment
+
+    def _spares(self, header: dict[str, Any]) -> SpareCopies | None:
+        """Where a copy is asked for, and not what this peer holds."""
+        index = self._index(header)
+        fragment = self._fragments.get(index)
+        held = fragment is not None and fragment.ready
+        return self.spares if self.spares is not None and not held and self.spares.has(index) else None
+
+    async def _donor(self, header: dict[str, Any]) -> Donor:
+        spares = self._spares(header)
+        return await spares.donor(header["fragment"]) if spares is not None else self._fragment(header).donor
+
+    def _history(self, header: dict[str, Any]) -> History:
+        spares = self._spares(header)
+        return spares.history(header["fragment"]) if spares is not None else self._fragment(header).applier.history
 
     async def _on_open(self, link: Link, header: dict[str, Any], body: bytes) -> Answer:
         invitation = records.parse(Invitation, header)
@@ -110,7 +134,7 @@ class Answers:
             await fragment.applier.consider(commit, source=source)
 
     async def _on_commits(self, link: Link, header: dict[str, Any], body: bytes) -> Answer:
-        return {}, self._fragment(header).applier.serve_commits(header)
+        return {}, self._history(header).answer(header.get("since"))
 
     async def _on_result(self, link: Link, header: dict[str, Any], body: bytes) -> Answer:
         data = self._context.results.get(str(header.get("hash")))
@@ -119,13 +143,13 @@ class Answers:
         return {}, data
 
     async def _on_state(self, link: Link, header: dict[str, Any], body: bytes) -> Answer:
-        return self._fragment(header).donor.manifest(header.get("digest"))
+        return (await self._donor(header)).manifest(header.get("digest"))
 
     async def _on_chunk(self, link: Link, header: dict[str, Any], body: bytes) -> Answer:
-        return {}, self._fragment(header).donor.chunk(header.get("digest"), header.get("index"))
+        return {}, (await self._donor(header)).chunk(header.get("digest"), header.get("index"))
 
     async def _on_knows(self, link: Link, header: dict[str, Any], body: bytes) -> Answer:
         version, digest = header.get("version"), header.get("digest")
         if not isinstance(version, int) or not isinstance(digest, str):
             raise BadMessage("a head without version and digest")
-        return {"known": self._fragment(header).applier.history.knows(version, digest)}, b""
+        return {"known": self._history(header).knows(version, digest)}, b""

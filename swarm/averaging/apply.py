@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import json
 import logging
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
@@ -157,7 +155,8 @@ class Applier:
         data = self._context.results.get(result_hash)
         me, endpoint = self._context.keypair.peer_id, self._context.endpoint
         problem: NetworkError = PeerRefused("nobody else was in that round")
-        for holder in dict.fromkeys(holders):
+        alive = self._context.directory.alive()  # to dial the dead takes long
+        for holder in sorted(dict.fromkeys(holders), key=lambda peer_id: peer_id not in alive):
             if data is not None:
                 break
             if holder == me:
@@ -222,13 +221,6 @@ class Applier:
                 )
                 self.history.forget()
                 self.history.saw(state.version, state.digest)
-
-    def serve_commits(self, header: dict[str, Any]) -> bytes:
-        since = header.get("since")
-        if not isinstance(since, int) or since < 0:
-            raise BadMessage("commits since what?")
-        commits = [commit.model_dump() for commit in self.history.since(since, limit=COMMITS_AT_ONCE)]
-        return json.dumps({"commits": commits}, separators=(",", ":")).encode()
 
     def _emit_round(self, commit: Commit, seconds: float) -> None:
         sent, received = self._context.bytes_since_last_round()

@@ -21,6 +21,8 @@ from swarm.averaging.global_state import GlobalState
 from swarm.averaging.held import HeldFragment
 from swarm.averaging.layout import Layout
 from swarm.averaging.messages import Commit
+from swarm.averaging.spare_copies import SpareCopies, Store
+from swarm.averaging.spares import Spares
 from swarm.averaging.synchronise import Synchroniser
 from swarm.averaging.turns import TICK_S, Turns
 from swarm.network.records import Head, Status
@@ -50,12 +52,20 @@ class Averager:
         follower = self._follower = Follower(context, self.synchroniser)
         self._turns = Turns(context, self._fragments, follower, is_leaving=lambda: self.leaving)
         self._answers = Answers(context, self._fragments, lambda: self.serving)
+        self.spares: SpareCopies | None = None
+        self._spares: Spares | None = None
         for index in sorted(layouts):
             self._hold(HeldFragment(context, index, layouts[index], states[index], parameters))
         self._answers.register()
         context.in_rounds = lambda: [
             f.index for f in list(self._fragments.values()) if f.opening or f.rounds.member.in_round()
         ]
+
+    def keep_spares(self, store: Store, layouts: Mapping[int, Layout]) -> None:
+        """Keep copies of fragments that this peer does not hold, before anything else. `layouts`: of all of the run."""
+        self._spares = Spares(self.context, store, layouts, self.synchroniser, lambda: list(self._fragments))
+        self.spares = self._answers.spares = self._spares.copies
+        self.synchroniser.own_copy = self.spares.load
 
     def start(self) -> None:
         """Begin to open rounds and to take part in others'."""
@@ -65,6 +75,8 @@ class Averager:
             self._turns.begin(fragment)
         self._look()
         self._tick_task = asyncio.create_task(self._turns.tick_forever())
+        if self._spares is not None:
+            self.context.spawn(self._spares.look_forever())
 
     def trust(self, trusted: Mapping[int, bool]) -> None:
         """For each fragment: is this peer's start the run's? What is not must be downloaded before it takes part."""
@@ -174,6 +186,8 @@ class Averager:
             await asyncio.sleep(TICK_S)
         fragment.ready = False
         del self._fragments[index]
+        if self.spares is not None and not self._heads_elsewhere(index):  # so that it is not lost with us
+            await self.spares.write(fragment.ledger.state, fragment.applier.history)
         self._elsewhere.let_go(index, fragment.ledger.state.tokens)
         self._look()
         self._tell_all()
@@ -182,9 +196,12 @@ class Averager:
     def _may_go(self, fragment: HeldFragment) -> bool:
         if fragment.ledger.pending_tokens or fragment.opening or fragment.rounds.member.in_round():
             return False
-        statuses = self.context.directory.alive().values()
-        others = [head for status in statuses if (head := status.head(fragment.index)) is not None]
+        others = self._heads_elsewhere(fragment.index)
         return not others or any(head.tokens >= fragment.ledger.state.tokens for head in others)
+
+    def _heads_elsewhere(self, index: int) -> list[Head]:
+        statuses = self.context.directory.alive().values()
+        return [head for status in statuses if (head := status.head(index)) is not None]
 
     def _hold(self, fragment: HeldFragment) -> None:
         self._fragments[fragment.index] = fragment

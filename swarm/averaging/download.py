@@ -63,7 +63,16 @@ class Donor:
         return bytes(state.chunk(index))
 
 
-@dataclass
+@dataclass(frozen=True)
+class Shape:
+    """Of a fragment's state, as the run config says it is."""
+
+    fragment: int
+    numel: int
+    num_buffers: int
+
+
+@dataclass(frozen=True)
 class Wanted:
     """What to download: the head that the swarm attests and the shape that the run config says it has."""
 

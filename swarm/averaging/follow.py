@@ -65,7 +65,7 @@ class Follower:
         no rounds: they would only prolong a history that is about to end."""
         before = fragment.ledger.state
         status = self._context.directory.alive().get(peer_id)
-        head = status.head(fragment.index) if status is not None else None
+        head = status.head(fragment.index) or status.spare(fragment.index) if status is not None else None
         if head is None or not outranks(head.tokens, head.digest, before):
             return False
         if not fragment.downloading:

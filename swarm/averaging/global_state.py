@@ -12,6 +12,7 @@ import hashlib
 import struct
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Protocol
 
 import torch
 
@@ -50,7 +51,17 @@ class GlobalState:
         return tensor.numpy().data.cast("B")[start:start + CHUNK_BYTES]
 
 
-def outranks(tokens: int, digest: str, state: GlobalState) -> bool:
+class Ranked(Protocol):
+    """A state, or a head."""
+
+    @property
+    def tokens(self) -> int: ...
+
+    @property
+    def digest(self) -> str: ...
+
+
+def outranks(tokens: int, digest: str, state: Ranked) -> bool:
     """Of two heads that do not lead on from each other, everybody prefers the one with more tokens, then the lower
     digest: two halves of a parted swarm can have trained exactly the same number."""
     return (-tokens, digest) < (-state.tokens, state.digest)

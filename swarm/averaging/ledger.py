@@ -95,6 +95,22 @@ class Gradients:
         self._sum = self._sum + values * tokens
 
 
+class Untrained:
+    """Nothing: a spare copy follows its fragment's rounds, and there are no working weights."""
+
+    def learnt(self, global_weights: torch.Tensor) -> torch.Tensor:
+        return torch.zeros_like(global_weights)
+
+    def move(self, old: torch.Tensor, new: torch.Tensor) -> None:
+        pass
+
+    def absorb(self, values: torch.Tensor, tokens: int) -> None:
+        pass
+
+    def release(self, values: torch.Tensor, tokens: int) -> None:
+        pass
+
+
 @dataclass
 class Contribution:
     version: int
@@ -132,7 +148,9 @@ class _Applied:
 
 
 class Ledger:
-    def __init__(self, state: GlobalState, work: Drift | Gradients, keep: Keep = AMPLE) -> None:
+    def __init__(
+        self, state: GlobalState, work: Drift | Gradients | Untrained, keep: Keep = AMPLE
+    ) -> None:
         self.state = state
         self.pending_tokens = 0
         """trained here and in no commit yet"""

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import json
 from collections import OrderedDict
 
 from swarm.averaging.messages import Commit
+from swarm.errors import BadMessage
 
 KEPT_BYTES = 512 * 1024 * 1024
 KEPT_COMMITS = 256
@@ -62,6 +64,11 @@ class History:
         self._commits: OrderedDict[int, Commit] = OrderedDict()
         self._digests: OrderedDict[int, str] = OrderedDict()
 
+    def copy(self) -> History:
+        other = History()
+        other._commits, other._digests = self._commits.copy(), self._digests.copy()
+        return other
+
     def add(self, commit: Commit, digest: str) -> None:
         self._commits[commit.opening.version] = commit
         self.saw(commit.opening.version, digest)
@@ -86,6 +93,13 @@ class History:
             commits.append(commit)
             version += 1
         return commits
+
+    def answer(self, since: object) -> bytes:
+        """What is sent to somebody at version `since`. Raises BadMessage."""
+        if type(since) is not int or since < 0:
+            raise BadMessage("commits since what?")
+        commits = [commit.model_dump() for commit in self.since(since, limit=COMMITS_AT_ONCE)]
+        return json.dumps({"commits": commits}, separators=(",", ":")).encode()
 
     def forget(self) -> None:
         """After a jump to a downloaded state: what came before may not lead here."""

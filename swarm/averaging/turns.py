@@ -99,6 +99,9 @@ class Turns:
         head = status.heads[fragment.index]
         if head is None:
             fragment.progress.forget(peer_id)
+            spare = status.spare(fragment.index)
+            if spare is not None and spare.tokens > fragment.ledger.state.tokens:
+                self._follower.heard(fragment, peer_id, spare)  # all who had that are gone
             return
         fragment.progress.heard(
             peer_id, version=head.version, digest=head.digest, pending=status.pending[fragment.index],

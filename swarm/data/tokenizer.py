@@ -78,6 +78,15 @@ def is_byte_tokenizer(tokenizer: PreTrainedTokenizerBase) -> bool:
     return len(tokenizer) == EOS_ID + 1 and tokenizer.eos_token == EOS and tokenizer.eos_token_id == EOS_ID
 
 
+def text_bytes(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> int:
+    """Bytes of text that these tokens stand for. Each of a byte tokenizer's counts as one, the end of a text too."""
+    if is_byte_tokenizer(tokenizer):
+        return len(ids)
+    text = tokenizer.decode(ids, skip_special_tokens=True)
+    assert isinstance(text, str)
+    return len(text.encode())
+
+
 def _byte_characters() -> list[str]:
     """The printable character that stands for each byte in byte-level BPE (GPT-2's table, fixed in `tokenizers`)."""
     printable = {*range(0x21, 0x7E + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)}

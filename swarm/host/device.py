@@ -1,4 +1,4 @@
-"""Which device to train on, and whether the run fits into this computer's memory.
+"""Which device to train on, and how much memory this computer has left; what a run takes of it is in memory.py.
 
 torch is the only source of truth for devices: what it cannot use does not exist. Every choice travels with its reason,
 because "why is it on the CPU?" is the first thing people ask.
@@ -7,13 +7,12 @@ because "why is it on the CPU?" is the first thing people ask.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple
 
 import psutil
 import torch
 
 from swarm.errors import ConfigError
-from swarm.units import format_bytes, format_count
+from swarm.units import format_bytes
 
 
 def choose_device(name: str, threads: int) -> tuple[torch.device, str]:
@@ -51,45 +50,6 @@ def memory_line(device: torch.device | None = None) -> str:
         free, total = torch.cuda.mem_get_info(device)
         line += f"; GPU {format_bytes(free)} of {format_bytes(total)} free"
     return line
-
-
-class MemoryPlan(NamedTuple):
-    text: str
-    """one line for the checklist, or one for a warning"""
-    fits: bool
-
-
-def plan_memory(
-    num_parameters: int,
-    *,
-    device: torch.device,
-    bits: int,
-    main_bytes: int | None = None,
-    gpu_bytes: int | None = None,
-) -> MemoryPlan:
-    """What `num_parameters` held here need, in bytes a parameter, and whether it fits. Activations come on top.
-
-    On the device: weights 4, gradients 4, AdamW 8. In main memory: global weights and outer momentum 8, and 4 of error
-    feedback where fewer than 32 `bits` travel. `main_bytes` and `gpu_bytes`: free memory, measured where not given.
-    """
-    training = {"weights": 4, "gradients": 4, "AdamW": 8}
-    averaging = {"global weights and momentum": 8} | ({"error feedback": 4} if bits < 32 else {})
-    on_gpu = device.type == "cuda"
-    main = num_parameters * sum((averaging if on_gpu else training | averaging).values())
-    gpu = num_parameters * sum(training.values()) if on_gpu else 0
-    main_free = available_bytes() if main_bytes is None else main_bytes
-    if on_gpu and gpu_bytes is None:
-        gpu_bytes = torch.cuda.mem_get_info(device)[0]
-    short = [
-        f"{where} has {format_bytes(free)} free, {format_bytes(needed)} are needed"
-        for where, needed, free in (("main memory", main, main_free), ("the GPU", gpu, gpu_bytes or 0))
-        if needed > free
-    ]
-    parts = ", ".join(f"{what} {format_bytes(num_parameters * each)}" for what, each in (training | averaging).items())
-    total = f"{format_count(num_parameters)} parameters: {parts}; {format_bytes(main + gpu)} and activations"
-    if short:
-        return MemoryPlan(f"{total} - too little: {'; '.join(short)}", fits=False)
-    return MemoryPlan(f"{total}; {format_bytes(main_free)} free", fits=True)
 
 
 def _best_device() -> tuple[torch.device, str]:

@@ -178,17 +178,18 @@ class Home:
             self._unwritten = False
 
 
-def atomic_write(path: Path, content: bytes) -> None:
+def atomic_write(path: Path, content: bytes | Iterable[bytes | memoryview]) -> None:
     """Write a file so that a crash, a kill or a full disk leaves the old one or the new one, whole; mode 600.
 
-    Raises HomeError; the old file is then untouched and nothing else is left behind.
+    `content` may come in pieces, where it is large. Raises HomeError; the old file is then untouched and nothing else
+    is left behind.
     """
     temporary = None
     try:
         descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)  # O_EXCL, 0600
         temporary = Path(name)
         with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
+            file.writelines([content] if isinstance(content, bytes) else content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

@@ -1,11 +1,14 @@
 """How good a model is: its loss on held-out text, and a sample to read.
 
-Both put the model back as it was (train or eval mode, torch's random state), so they may run between two inner steps.
+The measure is the same for a model at hand and for one that a swarm is asked for (swarm/evaluate.py): the mean over all
+tokens but each sequence's first. What needs a model puts it back as it was (train or eval mode, torch's random state),
+so it may run between two inner steps.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,15 +25,49 @@ def held_out_loss(model: PreTrainedModel, sequences: torch.Tensor, batch_sequenc
     `sequences`: int64 [n, sequence_length], n >= 1, sequence_length >= 2. With byte tokens this is nats a byte.
     The mean is over tokens, so `batch_sequences` changes memory and speed, not the result.
     """
-    total, count = 0.0, 0
+
+    def loss(batch: torch.Tensor) -> float:
+        logits = model(input_ids=batch).logits[:, :-1].float()  # [batch, length - 1, vocabulary]
+        return functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten()).item()
+
     with _evaluating(model):
-        for start in range(0, len(sequences), batch_sequences):
-            batch = sequences[start : start + batch_sequences].to(model.device)
-            logits = model(input_ids=batch).logits[:, :-1].float()  # [batch, length - 1, vocabulary]
-            targets = batch[:, 1:]
-            total += functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum").item()
-            count += targets.numel()
+        batches = torch.split(sequences, batch_sequences)
+        return mean_loss((loss(batch.to(model.device)), predicted(batch)) for batch in batches)
+
+
+def predicted(sequences: torch.Tensor) -> int:
+    """Tokens of [n, length] that something is said of: all but each sequence's first."""
+    return len(sequences) * (sequences.shape[1] - 1)
+
+
+def mean_loss(parts: Iterable[tuple[float, int]]) -> float:
+    """From (mean loss, tokens that it is the mean of) of parts of a text, at least one: that of all of it."""
+    total, count = 0.0, 0
+    for loss, tokens in parts:
+        total += loss * tokens
+        count += tokens
     return total / count
+
+
+def perplexity(loss: float) -> float:
+    """Of a mean loss in nats a token: among how many equally likely ones each token is found."""
+    return math.exp(min(loss, 700.0))
+
+
+def next_token(
+    logits: torch.Tensor, *, temperature: float, top_k: int = 0, num_tokens: int, generator: torch.Generator
+) -> int:
+    """One of the tokens that may come next, by `logits` [vocabulary] of the last position.
+
+    `temperature` 0: the likeliest; `top_k`: one of so many likeliest (0: any). `num_tokens`: those that the tokenizer
+    has; rows beyond it (a vocabulary rounded up) would decode to nothing.
+    """
+    scores = logits[:num_tokens].float()
+    if temperature == 0:
+        return int(scores.argmax())
+    likeliest = scores.topk(min(top_k, len(scores)) if top_k else len(scores))
+    chances = torch.softmax(likeliest.values / temperature, dim=0)
+    return int(likeliest.indices[torch.multinomial(chances, 1, generator=generator)])
 
 
 def sample_text(

@@ -282,7 +282,7 @@ class Directory:
             return
         text = json.dumps(status.model_dump(exclude_defaults=True), separators=(",", ":"))
         if len(text) > records.MAX_RECORD_BYTES * 3 // 4:  # heads of very many fragments: they are told directly
-            text = json.dumps(status.model_copy(update={"heads": [], "pending": []}).model_dump())
+            text = json.dumps(status.model_copy(update={"heads": [], "pending": [], "spares": []}).model_dump())
         await self._dht.publish(f"{self._run_id}/peers", text, ttl_s=DHT_TTL_S)
 
     async def stop(self) -> None:

@@ -20,6 +20,8 @@ MAX_RECORD_BYTES = 9_500
 """records over 10 kB break the DHT (DESIGN 9)"""
 MAX_TTL_S = 600.0
 MAX_FRAGMENTS = 256
+MAX_SPARES = 128
+"""of one peer: its status must fit into what is told directly"""
 MAX_TOKENS = 10**15
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -57,6 +59,13 @@ class Head(Strict):
     """trained in all committed rounds of this fragment"""
 
 
+class Spare(Strict):
+    """A copy, on a peer's disk, of a fragment that it does not hold."""
+
+    fragment: Annotated[int, Field(ge=0, lt=MAX_FRAGMENTS)]
+    head: Head
+
+
 class Status(Strict):
     """What one peer says of itself."""
 
@@ -70,6 +79,9 @@ class Status(Strict):
     """of each fragment of the run, None for those that it does not hold; empty: holds none (yet)"""
     pending: Annotated[list[TokenCount], Field(max_length=MAX_FRAGMENTS)] = []
     """tokens in its drift, by fragment; 0 for those that it does not hold"""
+    spares: Annotated[list[Spare], Field(max_length=MAX_SPARES)] = []
+    spare_room_bytes: Annotated[int, Field(ge=0, le=2**50)] = 0
+    """of its disk, for all its spares together; 0: it keeps none"""
     tokens: TokenCount = 0
     tokens_per_s: Annotated[float, Field(ge=0, le=1e9)] = 0.0
     serving: Span | None = None
@@ -85,6 +97,10 @@ class Status(Strict):
     def head(self, fragment: int) -> Head | None:
         """None: it does not hold that fragment."""
         return self.heads[fragment] if fragment < len(self.heads) else None
+
+    def spare(self, fragment: int) -> Head | None:
+        """Of the copy of that fragment on its disk; None: it has none."""
+        return next((spare.head for spare in self.spares if spare.fragment == fragment), None)
 
     def held(self) -> dict[int, Head]:
         """Fragments that it holds -> their heads."""

@@ -12,6 +12,7 @@ from swarm.network.link import Answer, Link
 from swarm.network.records import Status
 from swarm.pipeline.chain import Chain
 from swarm.pipeline.messages import Verdicts, Working
+from swarm.pipeline.onward import Onward
 from swarm.pipeline.routing import Holder
 
 MAX_BODY_BYTES = 2**28
@@ -37,15 +38,21 @@ class LinkCalls:
         await self._endpoint.notify(peer_id, method, header, deadline_s=deadline_s, maddrs=maddrs)
 
 
+def listen(onward: Onward, endpoint: Endpoint) -> None:
+    """For who asks and serves nothing: from now on the peers that are asked can say that they are at it."""
+
+    async def on_working(link: Link, header: dict[str, Any], body: bytes) -> Answer:
+        onward.on_working(link.peer_id, records.parse(Working, header))
+        return {}, b""
+
+    endpoint.on("working", on_working)
+
+
 def serve(chain: Chain, endpoint: Endpoint) -> None:
     """From now on others may send microbatches here."""
 
     async def on_microbatch(link: Link, header: dict[str, Any], body: bytes) -> Answer:
         return await chain.on_microbatch(link, header, body)
-
-    async def on_working(link: Link, header: dict[str, Any], body: bytes) -> Answer:
-        chain.on_working(link.peer_id, records.parse(Working, header))
-        return {}, b""
 
     async def on_withdrawn(link: Link, header: dict[str, Any], body: bytes) -> Answer:
         await chain.on_withdrawn(link.peer_id, records.parse(Working, header))
@@ -56,7 +63,7 @@ def serve(chain: Chain, endpoint: Endpoint) -> None:
         return {"missing": await chain.judge(link.peer_id, verdicts)}, b""
 
     endpoint.on("microbatch", on_microbatch, max_body=MAX_BODY_BYTES)
-    endpoint.on("working", on_working)
+    listen(chain.onward, endpoint)
     endpoint.on("withdrawn", on_withdrawn)
     endpoint.on("verdicts", on_verdicts)
 

@@ -34,19 +34,20 @@ from typing import Any
 
 import torch
 
-from swarm.errors import BadMessage, NetworkError, PeerRefused
+from swarm.errors import NetworkError, PeerRefused
 from swarm.network import records
 from swarm.network.link import Answer, Link
-from swarm.pipeline import onward, wire
+from swarm.pipeline import admission, onward, wire
 from swarm.pipeline.compute import StageCompute
 from swarm.pipeline.messages import Bits, Gradient, Hop, Microbatch, Verdict, Working
 from swarm.pipeline.onward import AGAIN_S, WORKING_S, Calls, Handover, Onward, Shape
 from swarm.pipeline.routing import Holder, Router
-from swarm.pipeline.work import BACKWARD, FORWARD, OWN, VERDICT, Work
+from swarm.pipeline.work import BACKWARD, FORWARD, GUEST, OWN, VERDICT, Work
 
 FORGET_S = 120.0
+ORPHAN_S = 10.0
+"""a peer that is alive has told so by then, and an origin speaks within seconds"""
 KEPT_DONE = 4096
-BUSY = "too many microbatches here"
 
 Read = Callable[[], tuple[torch.Tensor, torch.Tensor | None]]
 """token ids and hidden states (None at fragment 0) of a microbatch; checks what a stranger sent, so it may raise"""
@@ -106,7 +107,9 @@ class Chain:
         """Do the rest of a microbatch, or join who is doing it. Raises NetworkError."""
         entry = self._entries.get(microbatch.key)
         if entry is None:
-            entry = self._begin(microbatch, lambda: self._read(microbatch, body))
+            entry = self._begin(microbatch, lambda: wire.read(
+                microbatch, body, vocabulary=self.shape.vocabulary, hidden=self.shape.hidden
+            ))
         entry.askers.add(asker)
         assert entry.task is not None
         pulse = asyncio.ensure_future(self._tell_working(asker, entry))
@@ -178,11 +181,10 @@ class Chain:
         self._check_held(microbatch)
         if (microbatch.origin, microbatch.number) in self._done:
             raise PeerRefused("that microbatch is done")
-        if microbatch.tokens > self.shape.max_tokens:
-            raise BadMessage(f"a microbatch of {microbatch.tokens} tokens", why=f"the limit is {self.shape.max_tokens}")
-        # those that wait for the processor, for a version or for a verdict, too: each has bytes or gradients here
-        if microbatch.origin != self._me and len(self._entries) >= self.max_in_flight:
-            raise PeerRefused(BUSY)
+        if len(self._entries) >= self.max_in_flight:
+            self._forget_orphans()
+        here = (entry.microbatch for entry in self._entries.values())
+        admission.check(microbatch, here, shape=self.shape, max_in_flight=self.max_in_flight, me=self._me)
         entry = _Entry(microbatch, at=asyncio.get_running_loop().time())
         self._entries[microbatch.key] = entry
         entry.task = asyncio.ensure_future(self._do(entry, read))
@@ -199,7 +201,8 @@ class Chain:
             if self._entries.get(entry.microbatch.key) is entry:
                 del self._entries[entry.microbatch.key]
             key = entry.microbatch.key
-            self._spawn(self._work(lambda: self._compute.forget(key), urgency=VERDICT))
+            if entry.microbatch.train:
+                self._spawn(self._work(lambda: self._compute.forget(key), urgency=VERDICT))
 
     def _spawn(self, awaitable: Awaitable[Any]) -> None:
         """Something that nobody waits for, and whose failing changes nothing."""
@@ -221,11 +224,16 @@ class Chain:
                 raise PeerRefused(f"version {asked.version} did not come within {onward.NOBODY_S:.0f} s")
             await asyncio.sleep(AGAIN_S / 10)
         hop = Hop(peer_id=self._me, start=asked.start, end=entry.end)
-        urgency = OWN if asked.origin == self._me else FORWARD
+        urgency = GUEST if not asked.train else OWN if asked.origin == self._me else FORWARD
         if entry.end == self.shape.num_fragments:
             def last() -> tuple[float, bytes]:
                 tokens, values = read()
                 entered = tokens if values is None else values
+                if asked.logits:
+                    logits = self._compute.logits(
+                        asked.key, entered, start=asked.start, end=entry.end, positions=asked.logits
+                    )
+                    return 0.0, wire.encode_values(logits, 32)
                 loss, gradient = self._compute.loss(
                     asked.key, entered, tokens, start=asked.start, end=entry.end, keep=asked.train
                 )
@@ -245,23 +253,24 @@ class Chain:
                 return ids + wire.encode_values(left, self._bits)
 
             there = await self._work(forward, urgency=urgency)
-            answer, gradient_bytes = await self.onward.rest(entry, there.value)
+            answer, came = await self.onward.rest(entry, there.value)
             shape = (asked.sequences, asked.length, self.shape.hidden)
 
             def backward() -> bytes:
-                if not asked.train:
-                    return b""
                 gradient = self._compute.backward(
-                    asked.key, wire.decode_values(gradient_bytes, shape, self._back_bits)
+                    asked.key, wire.decode_values(came, shape, self._back_bits)
                 )
                 return b"" if gradient is None else wire.encode_values(gradient, asked.back_bits)
 
-            back = await self._work(backward, urgency=BACKWARD)
-            loss, body, path, crowded = answer.loss, back.value, [hop, *answer.path], answer.crowded
-            service_s, waited_s = there.service_s + back.service_s, there.waited_s + back.waited_s
+            loss, path, crowded = answer.loss, [hop, *answer.path], answer.crowded
+            body, service_s, waited_s = came, there.service_s, there.waited_s
+            if asked.train:
+                back = await self._work(backward, urgency=BACKWARD)
+                body, service_s, waited_s = back.value, service_s + back.service_s, waited_s + back.waited_s
         share_s = service_s / (entry.end - asked.start)
-        self._service_s = self._service_s + 0.2 * (share_s - self._service_s) if self._service_s else share_s
-        self.speed = asked.tokens / max(self._service_s, 1e-9)
+        if asked.train:
+            self._service_s = self._service_s + 0.2 * (share_s - self._service_s) if self._service_s else share_s
+            self.speed = asked.tokens / max(self._service_s, 1e-9)
         header = Gradient(
             loss=loss, path=path, inside_s=clock() - began, service_s=service_s, waited_s=waited_s, queue=queue,
             crowded=max(crowded, min(waited_s / max(service_s, 1e-6), 1e6)),
@@ -278,15 +287,6 @@ class Chain:
             self._holders(), start=asked.start, end=self.end, queue=self._work.queue, service_s=self._service_s,
             num_fragments=self.shape.num_fragments,
         )
-
-    def _read(self, microbatch: Microbatch, body: bytes) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(token ids, hidden states) of a request. Raises BadMessage."""
-        size = (microbatch.sequences, microbatch.length)
-        split = wire.tokens_bytes(size, vocabulary=self.shape.vocabulary)
-        tokens = wire.decode_tokens(body[:split], size, vocabulary=self.shape.vocabulary)
-        if microbatch.start == 0:
-            return tokens, None
-        return tokens, wire.decode_values(body[split:], (*size, self.shape.hidden), microbatch.bits)
 
     async def _tell_working(self, asker: str, entry: _Entry) -> None:
         own = entry.microbatch
@@ -325,6 +325,18 @@ class Chain:
         ]
         await self._forget(old)
         self._router.forget([holder.peer_id for holder in self._holders()])
+
+    def _forget_orphans(self) -> None:
+        """Where there is no room: what waits for the verdict of an origin that is not there any more. In a small peer
+        a few of those would keep everybody else out until `FORGET_S`."""
+        now, there = asyncio.get_running_loop().time(), {holder.peer_id for holder in self._holders()}
+        orphans = [
+            key for key, entry in self._entries.items()
+            if entry.is_answered() and now - entry.at > ORPHAN_S and key[0] not in there and key[0] != self._me
+        ]
+        for key in orphans:
+            del self._entries[key]
+            self._spawn(self._work(lambda key=key: self._compute.forget(key), urgency=VERDICT))  # type: ignore[misc]
 
     async def _forget(self, keys: list[tuple[str, int, int]]) -> None:
         for key in keys:

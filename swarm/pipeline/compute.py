@@ -5,13 +5,18 @@ on aliases of the working weights, and who is about to write calls `before_write
 memory where a graph still needs the old one. That costs a copy of a fragment for each of its steps with microbatches in
 flight, and no recomputing.
 
+Where memory runs out, sequences are computed in pieces from then on, half as many at a time. Then nothing is kept but
+what came in: each piece goes forward once more in its backward, so that only one piece's graph is ever there. The
+gradients are the same (with dropout, another one is drawn).
+
 Gradients wait, apart from each other, until the microbatch's origin has said which of the peers that worked on it count
 (chain.py): only then they are added up, so each enters each fragment once (I2).
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -20,26 +25,50 @@ from torch.func import functional_call
 from swarm.errors import PeerRefused
 from swarm.model.fragments import FragmentSpec
 from swarm.model.stage import Stage
+from swarm.pipeline.pieces import Pieces, share, spans
 
 
 @dataclass
 class _Weights:
-    """The stage's weights as graphs use them: leaves that share memory with the working weights, until those move."""
+    """A stage and its weights as graphs use them: leaves that share memory with the working weights, until those
+    move."""
 
+    stage: Stage
     leaves: dict[str, torch.Tensor]
     """by name in the whole model"""
     users: int = 0
-    """graphs that still need them"""
+    """microbatches that still need them"""
 
 
 @dataclass
 class _Graph:
+    """A microbatch between its forward and its backward."""
+
     fragments: dict[int, FragmentSpec]
-    tokens: int
-    entered: torch.Tensor | None
-    """hidden states that came in; None at fragment 0"""
-    left: torch.Tensor
+    """that are computed, in their order"""
+    entered: torch.Tensor
+    """token ids at fragment 0, else hidden states, on the stage's device"""
+    targets: torch.Tensor | None
+    """token ids, where the loss is computed here"""
     weights: _Weights
+    tokens: int
+    left: torch.Tensor | None = None
+    """what `entered` led to, with its graph; None: it is computed again, piece by piece"""
+
+    @property
+    def begins(self) -> bool:
+        """It takes token ids, which have no gradient."""
+        return 0 in self.fragments
+
+
+@dataclass
+class _Found:
+    """By a backward, or the pieces of one that are done."""
+
+    loss: float = 0.0
+    entered: list[torch.Tensor] = field(default_factory=list, repr=False)
+    """gradients of what came in, fp32 on the CPU"""
+    gradients: dict[int, dict[str, torch.Tensor]] = field(default_factory=dict, repr=False)
 
 
 @dataclass
@@ -90,6 +119,7 @@ class StageCompute:
         self._tokens: dict[int, int] = {}
         any_parameter = next(iter(parameters.values()))
         self._device, self._dtype = any_parameter.device, any_parameter.dtype
+        self.pieces = Pieces()
 
     @property
     def in_flight(self) -> int:
@@ -105,8 +135,23 @@ class StageCompute:
 
         `values`: token ids [sequences, length] at fragment 0, else hidden states. `keep`: there will be a backward.
         """
-        left = self._run(key, values, start=start, end=end, tokens=tokens, targets=None, keep=keep)
-        return left.detach().to("cpu", torch.float32)
+        entered = self._here(values)
+        graph = self._graph(start, end, entered, None, tokens)
+
+        def compute(at_once: int) -> torch.Tensor:
+            if at_once == len(entered) and keep:
+                graph.entered = _leaf(entered, graph)
+                graph.left = self._run(graph, graph.entered, None, learns=True)
+                return graph.left.detach().to("cpu", torch.float32)
+            pieces = [entered[span] for span in spans(len(entered), at_once)]
+            left = (self._run(graph, piece, None, learns=keep, grad=False) for piece in pieces)
+            return torch.cat([piece.to("cpu", torch.float32) for piece in left])
+
+        found = self.pieces.as_it_fits(len(entered), compute)
+        if keep:
+            graph.weights.users += 1
+            self._graphs[key] = graph
+        return found
 
     def loss(
         self, key: Hashable, values: torch.Tensor, targets: torch.Tensor, *, start: int, end: int, keep: bool = True
@@ -114,28 +159,42 @@ class StageCompute:
         """(mean loss in nats a token, gradient of what came in, fp32 on the CPU): the last stage's forward and
         backward at once. `targets`: the microbatch's token ids [sequences, length]. The gradient is None at fragment 0
         and without `keep`."""
-        left = self._run(key, values, start=start, end=end, tokens=targets.numel(), targets=targets, keep=keep)
-        gradient = self.backward(key, None) if keep else None
-        return float(left.detach()), gradient
+        entered, targets = self._here(values), targets.to(self._device)
+        graph = self._graph(start, end, entered, targets, targets.numel())
+        if keep:
+            graph.weights.users += 1
+            found = self._back(key, graph, None)
+            return found.loss, torch.cat(found.entered) if start else None
 
-    def backward(self, key: Hashable, gradient: torch.Tensor | None) -> torch.Tensor | None:
+        def compute(at_once: int) -> float:
+            total = 0.0
+            for span in spans(len(entered), at_once):
+                loss = self._run(graph, entered[span], targets[span], learns=False, grad=False)
+                total += float(loss) * share(span, len(entered))
+            return total
+
+        return self.pieces.as_it_fits(len(entered), compute), None
+
+    def logits(
+        self, key: Hashable, values: torch.Tensor, *, start: int, end: int, positions: int
+    ) -> torch.Tensor:
+        """The last stage's logits of so many last positions of each sequence [sequences, positions, vocabulary], fp32
+        on the CPU. Nothing is kept."""
+        graph = self._graph(start, end, self._here(values), None, 0)
+
+        def compute(at_once: int) -> torch.Tensor:
+            pieces = [graph.entered[span] for span in spans(len(values), at_once)]
+            left = (self._run(graph, piece, None, learns=False, grad=False)[:, -positions:] for piece in pieces)
+            return torch.cat([piece.to("cpu", torch.float32) for piece in left])
+
+        return self.pieces.as_it_fits(len(values), compute)
+
+    def backward(self, key: Hashable, gradient: torch.Tensor) -> torch.Tensor | None:
         """The gradient of what came in [sequences, length, hidden], fp32 on the CPU; None at fragment 0. `gradient`:
-        of what `forward` returned (None: that was the loss). The weights' own gradients wait for a verdict."""
+        of what `forward` returned. The weights' own gradients wait for a verdict."""
         graph = self._graphs.pop(key)
-        names = [(f, t.name) for f, fragment in graph.fragments.items() for t in fragment.tensors]
-        wanted = [graph.weights.leaves[name] for _, name in names]
-        inputs = wanted if graph.entered is None else [graph.entered, *wanted]
-        if gradient is not None:
-            gradient = gradient.to(graph.left.device, graph.left.dtype)
-        found = list(torch.autograd.grad(graph.left, inputs, gradient, allow_unused=True))
-        graph.weights.users -= 1
-        entered = None if graph.entered is None else found.pop(0)
-        gradients: dict[int, dict[str, torch.Tensor]] = {fragment: {} for fragment in graph.fragments}
-        for (fragment, name), values in zip(names, found, strict=True):
-            if values is not None:
-                gradients[fragment][name] = values
-        self._pending[key] = _Pending(graph.tokens, gradients)
-        return None if entered is None else entered.to("cpu", torch.float32)
+        found = self._back(key, graph, gradient)
+        return None if graph.begins else torch.cat(found.entered)
 
     def commit(self, key: Hashable) -> None:
         """The microbatch is done: its gradients count."""
@@ -189,35 +248,103 @@ class StageCompute:
 
     # ---------------------------------------------------------------------------------------------------------------
 
-    def _run(
-        self, key: Hashable, values: torch.Tensor, *, start: int, end: int, tokens: int,
-        targets: torch.Tensor | None, keep: bool,
-    ) -> torch.Tensor:
-        """What the stage makes of `values`; with `targets`, the loss."""
+    def _graph(
+        self, start: int, end: int, entered: torch.Tensor, targets: torch.Tensor | None, tokens: int
+    ) -> _Graph:
+        """Raises PeerRefused where the stage has changed since the microbatch came."""
         fragments = {index: self.fragments[index] for index in range(start, end) if index in self.fragments}
-        first, last = fragments.get(start), fragments.get(end - 1)
-        if first is None or last is None or first.blocks[0] < self._stage.start or last.blocks[1] > self._stage.end:
+        blocks = [fragment.blocks for fragment in fragments.values()]
+        if len(blocks) < end - start or blocks[0][0] < self._stage.start or blocks[-1][1] > self._stage.end:
             raise PeerRefused(f"fragments {start}:{end} are not served here any more")
-        entered = values.to(self._device, self._dtype if values.is_floating_point() else values.dtype)
-        if start and keep:
-            entered.requires_grad_()
-        weights = self._current()
-        blocks = {"start": first.blocks[0], "end": last.blocks[1]}
-        inside = {f"model.{name}": leaf for name, leaf in weights.leaves.items()}
-        with torch.set_grad_enabled(keep):
-            left: torch.Tensor = functional_call(self._stage, inside, (entered,), blocks)
-            if targets is not None:
-                left = self._stage.mean_loss(left, targets.to(self._device))
-        if keep:
-            weights.users += 1
-            self._graphs[key] = _Graph(fragments, tokens, entered if start else None, left, weights)
-        return left
+        return _Graph(fragments, entered, targets, self._current(), tokens)
+
+    def _back(self, key: Hashable, graph: _Graph, gradient: torch.Tensor | None) -> _Found:
+        """Backward of a microbatch, which is `key`'s from now on. `gradient`: of what left; None: that was the loss."""
+        if gradient is not None:
+            gradient = gradient.to(self._device)
+
+        def compute(at_once: int) -> _Found:
+            found, (left, graph.left) = _Found(), (graph.left, None)  # after a failure it is of no use any more
+            if left is not None and at_once == len(graph.entered):
+                self._add(found, graph, graph.entered, left, gradient)
+                return found
+            for span in spans(len(graph.entered), at_once):
+                entered = _leaf(graph.entered[span], graph)
+                targets = None if graph.targets is None else graph.targets[span]
+                left = self._run(graph, entered, targets, learns=True)
+                if gradient is None:
+                    of_all = share(span, len(graph.entered))
+                    self._add(found, graph, entered, left, torch.tensor(of_all, device=self._device))
+                    found.loss += float(left.detach()) * of_all
+                else:
+                    self._add(found, graph, entered, left, gradient[span])
+            return found
+
+        try:
+            found = self.pieces.as_it_fits(len(graph.entered), compute)
+        finally:
+            graph.weights.users -= 1
+        self._pending[key] = _Pending(graph.tokens, found.gradients)
+        return found
+
+    def _add(
+        self, found: _Found, graph: _Graph, entered: torch.Tensor, left: torch.Tensor, gradient: torch.Tensor | None
+    ) -> None:
+        """One backward, added to what others have found."""
+        names = [(f, t.name) for f, fragment in graph.fragments.items() for t in fragment.tensors]
+        wanted = [graph.weights.leaves[name] for _, name in names]
+        inputs = wanted if graph.begins else [entered, *wanted]
+        if gradient is not None:
+            gradient = gradient.to(left.dtype)
+        gradients = list(torch.autograd.grad(left, inputs, gradient, allow_unused=True))
+        if not graph.begins:
+            found.entered.append(gradients.pop(0).to("cpu", torch.float32))
+        for fragment in graph.fragments:
+            found.gradients.setdefault(fragment, {})
+        for (fragment, name), values in zip(names, gradients, strict=True):
+            if values is not None:
+                sums = found.gradients[fragment]
+                sums[name] = sums[name].add_(values) if name in sums else values
+
+    def _run(
+        self, graph: _Graph, entered: torch.Tensor, targets: torch.Tensor | None, *, learns: bool, grad: bool = True
+    ) -> torch.Tensor:
+        """What the stage makes of some sequences of a microbatch; with `targets`, their mean loss. Without `learns`
+        there is no dropout."""
+        stage, held = graph.weights.stage, list(graph.fragments.values())
+        blocks = {"start": held[0].blocks[0], "end": held[-1].blocks[1]}
+        inside = {f"model.{name}": leaf for name, leaf in graph.weights.leaves.items()}
+        with torch.set_grad_enabled(grad), _dropout(stage, learns):
+            left: torch.Tensor = functional_call(stage, inside, (entered,), blocks)
+            return left if targets is None else stage.mean_loss(left, targets)
+
+    def _here(self, values: torch.Tensor) -> torch.Tensor:
+        """On the stage's device, hidden states in its weights' type."""
+        return values.to(self._device, self._dtype if values.is_floating_point() else values.dtype)
 
     def _current(self) -> _Weights:
         if self._weights is None:
             # not detach(): it would share the counter by which autograd sees writes, also with memory of their own
             names = [name for name, _ in self._stage.held() if name in self._parameters]  # others are not trained
             leaves = {name: self._parameters[name].data.requires_grad_() for name in names}
-            self._weights = _Weights(leaves)
+            self._weights = _Weights(self._stage, leaves)
             self._aliased = [*(weights for weights in self._aliased if weights.users), self._weights]
         return self._weights
+
+
+def _leaf(values: torch.Tensor, graph: _Graph) -> torch.Tensor:
+    """What comes in, such that its gradient can be asked for. Token ids have none."""
+    return values if graph.begins else values.detach().requires_grad_()
+
+
+@contextmanager
+def _dropout(stage: torch.nn.Module, wanted: bool) -> Iterator[None]:
+    """None where nothing is learnt; else as the stage is."""
+    leave_out = stage.training and not wanted
+    if leave_out:
+        stage.train(False)
+    try:
+        yield
+    finally:
+        if leave_out:
+            stage.train(True)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from swarm.errors import BadMessage
 from swarm.network.records import MAX_FRAGMENTS, PeerIdText, Strict
@@ -19,6 +19,8 @@ from swarm.network.records import MAX_FRAGMENTS, PeerIdText, Strict
 MAX_HOPS = MAX_FRAGMENTS
 MAX_SEQUENCES = 4096
 MAX_LENGTH = 2**20
+MAX_POSITIONS = 1024
+"""whose logits may be asked for at once; their bytes are bounded as well (admission.py)"""
 
 Number = Annotated[int, Field(ge=0, le=2**53)]
 FragmentIndex = Annotated[int, Field(ge=0, lt=MAX_FRAGMENTS)]
@@ -42,18 +44,28 @@ class Microbatch(Strict):
     number: Number
     start: FragmentIndex
     sequences: Annotated[int, Field(ge=1, le=MAX_SEQUENCES)]
-    length: Annotated[int, Field(ge=2, le=MAX_LENGTH)]
-    """tokens of each sequence"""
+    length: Annotated[int, Field(ge=1, le=MAX_LENGTH)]
+    """tokens of each sequence; a loss needs two"""
     bits: Bits = 8
     """of the values in this message"""
     back_bits: Bits = 8
     """of the gradient that is asked for"""
     train: bool = True
-    """False: only the loss is wanted, nothing is learnt and nothing kept"""
+    """False: only the loss, or logits, are wanted; nothing is learnt and nothing kept"""
+    logits: Annotated[int, Field(ge=0, le=MAX_POSITIONS)] = 0
+    """of so many last positions of each sequence are wanted, in place of the loss"""
     version: Annotated[int, Field(ge=0, le=2**40)] = 0
     """no fragment may be older than this (`sync` runs: one version a step)"""
     known: Annotated[list[Hop], Field(max_length=MAX_HOPS)] = []
     """who has done, or is doing, the rest of it: they answer without doing it again"""
+
+    @model_validator(mode="after")
+    def _is_possible(self) -> Microbatch:
+        if self.logits and self.train:
+            raise ValueError("logits are not trained on")
+        if not self.logits and self.length < 2:
+            raise ValueError("one token says nothing of a next one")
+        return self
 
     @property
     def key(self) -> tuple[str, int, int]:
@@ -65,10 +77,11 @@ class Microbatch(Strict):
 
 
 class Gradient(Strict):
-    """The answer. The body: the gradient of what was sent (none where only the loss was wanted, or at fragment 0)."""
+    """The answer. The body: the gradient of what was sent (none where only the loss was wanted, or at fragment 0), or
+    the logits that were asked for."""
 
     loss: Annotated[float, Field(ge=0, le=1e6)]
-    """mean over the microbatch, nats a token"""
+    """mean over the microbatch, nats a token; 0 where logits were asked for"""
     path: Annotated[list[Hop], Field(min_length=1, max_length=MAX_HOPS)]
     """from the peer that answers to the one that computed the loss"""
     inside_s: Seconds = 0.0

@@ -14,6 +14,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from swarm.config import RunConfig
 from swarm.errors import BadMessage, NetworkError, PeerGone, PeerRefused
 from swarm.network import records
 from swarm.network.link import Answer
@@ -30,6 +31,8 @@ SLOWEST_BYTES_PER_S = 64e3
 CALL_S = 600.0
 NOBODY_S = 60.0
 """this long a peer waits for somebody to hold the next fragment"""
+GUEST_NOBODY_S = 5.0
+"""and this long for a guest, who holds a place here meanwhile and asks again"""
 AGAIN_S = 0.2
 
 log = logging.getLogger(__name__)
@@ -55,6 +58,10 @@ class Shape:
     vocabulary: int
     max_tokens: int
     """of a microbatch: what memory was planned for"""
+
+    @classmethod
+    def of(cls, run: RunConfig, *, hidden: int, vocabulary: int) -> Shape:
+        return cls(run.fragments, hidden, vocabulary, run.train.batch_sequences * run.train.sequence_length)
 
 
 @dataclass
@@ -102,14 +109,15 @@ class Onward:
             asked.rest = below(working.path, working.path[0].end) if working.path else []
 
     async def rest(self, going: Handover, body: bytes) -> tuple[Gradient, bytes]:
-        """Have the rest of the chain done, by whoever can. Raises PeerRefused where nobody holds it for long.
+        """Have the rest of the chain done, by whoever can. Raises PeerRefused where nobody does for long.
 
         `body`: token ids and values, as on the wire. `going.rest` is kept up to date meanwhile."""
         clock = asyncio.get_running_loop().time
         known = below([hop for hop in going.microbatch.known if hop.start >= going.end], going.end)
         failed: set[str] = set()
         given_up: set[str] = set()
-        since = clock()
+        began = since = clock()
+        trains, last = going.microbatch.train, ""
         while True:
             holders = [holder for holder in self._holders() if holder.peer_id != self._me]
             here = next((h for h in holders if known and h.peer_id == known[0].peer_id), None)
@@ -117,14 +125,16 @@ class Onward:
                 known = [hop for hop in known if hop.start > going.end]
                 here = self._router.choose(holders, going.end, excluded=sorted(failed))
             if here is None:
-                if clock() - since > NOBODY_S:
-                    raise PeerRefused(f"nobody holds fragment {going.end}")
+                if clock() > (since + NOBODY_S if trains else began + GUEST_NOBODY_S):
+                    held = any(holder.first <= going.end < holder.end for holder in holders)
+                    what = "can go on at" if held else "holds"
+                    raise PeerRefused(f"nobody {what} fragment {going.end}", why=last)
                 failed.clear()
                 await asyncio.sleep(AGAIN_S)
                 continue
             try:
                 answer = await self.ask(here, going, body, known)
-                for peer_id in given_up:
+                for peer_id in given_up - {here.peer_id}:  # which may have answered when it was asked again
                     own = going.microbatch
                     word = Working(origin=own.origin, number=own.number, start=going.end).model_dump()
                     self._spawn(self._calls.notify(peer_id, "withdrawn", word, deadline_s=WORKING_S))
@@ -132,6 +142,7 @@ class Onward:
             except NetworkError as error:
                 since = clock() if failed else since
                 failed.add(here.peer_id)
+                last = str(error)
                 log.info("fragment %d of a microbatch: %s: %s", going.end, here.peer_id[-6:], error)
                 if not isinstance(error, PeerRefused):
                     given_up.add(here.peer_id)
@@ -148,7 +159,7 @@ class Onward:
         asked = self._asked[here.peer_id, microbatch.key] = _Asked(clock() + len(body) / SLOWEST_BYTES_PER_S)
         self._router.asked(here.peer_id)
         began = clock()
-        size = wire.values_bytes((own.sequences, own.length, self._shape.hidden), self._back_bits) if own.train else 0
+        size = wire.answer_bytes(microbatch, vocabulary=self._shape.vocabulary, hidden=self._shape.hidden)
         call = asyncio.ensure_future(self._calls.call(
             here.peer_id, "microbatch", microbatch.model_dump(), body, deadline_s=CALL_S, max_answer=size
         ))
@@ -164,7 +175,7 @@ class Onward:
             answer = records.parse(Gradient, header)
             answer.check(microbatch, here.peer_id, self._shape.num_fragments)
             if len(data) != size:
-                raise BadMessage("a gradient of a wrong size")
+                raise BadMessage("an answer of a wrong size")
         except PeerRefused:
             self._router.refused(here.peer_id)
             raise
@@ -177,10 +188,13 @@ class Onward:
         finally:
             call.cancel()
             del self._asked[here.peer_id, microbatch.key]
-        self._router.answered(
-            here.peer_id, fragments=answer.path[0].end - going.end, total_s=clock() - began,
-            inside_s=answer.inside_s, service_s=answer.service_s, queue=answer.queue,
-        )
+        if own.train:
+            self._router.answered(
+                here.peer_id, fragments=answer.path[0].end - going.end, total_s=clock() - began,
+                inside_s=answer.inside_s, service_s=answer.service_s, queue=answer.queue,
+            )
+        else:
+            self._router.answered_guest(here.peer_id)
         going.rest = list(answer.path)
         return answer, data
 

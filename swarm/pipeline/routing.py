@@ -150,6 +150,12 @@ class Router:
         known.outstanding -= 1
         known.queue += 1
 
+    def answered_guest(self, peer_id: str) -> None:
+        """It is alive; what it took for a question that is not trained on says nothing of training."""
+        known = self.of(peer_id)
+        known.outstanding -= 1
+        known.failures, known.banned_until = 0, float("-inf")
+
     def withdrawn(self, peer_id: str) -> None:
         """The answer is not wanted any more."""
         self.of(peer_id).outstanding -= 1

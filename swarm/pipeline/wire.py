@@ -1,6 +1,7 @@
 """A microbatch on the wire: token ids, then hidden states (or their gradient) in blocks of 8 or 4 bits, or as fp32.
 
-    body = token ids (2 bytes each, 4 where the vocabulary is larger) | encoded values
+    body = token ids (2 bytes each, 4 where the vocabulary is larger) | encoded values (none at fragment 0)
+    answer = encoded gradient, or logits as fp32
 
 Token ids travel with the activation, so that whoever holds the last fragment knows the targets; they cost a thousandth
 of the values. int8 in blocks both ways costs nothing that could be measured (DESIGN 7); a gradient is quantised like an
@@ -11,11 +12,24 @@ from __future__ import annotations
 
 import torch
 
+from swarm.config import RunConfig
 from swarm.errors import BadMessage
 from swarm.network import codec
 from swarm.network.codec import BLOCK
+from swarm.pipeline.messages import Bits, Microbatch
 
 WIDE_VOCABULARY = 2**16
+MAX_LOGITS_BYTES = 2**22
+"""of one answer: four positions of the largest vocabularies (256,000 tokens)"""
+
+
+def bits_of(run: RunConfig) -> tuple[Bits, Bits]:
+    """(of activations, of the gradients that come back): as the run config says. 4 bits are for activations only, whose
+    errors the next layers' norms and residuals even out; a gradient's go into the weights."""
+    chosen = run.pipeline.activation_bits
+    if run.averaging.mode == "sync" or chosen == 32:
+        return 32, 32
+    return (4 if chosen == 4 else 8), 8
 
 
 def encode_tokens(tokens: torch.Tensor, *, vocabulary: int) -> bytes:
@@ -55,3 +69,34 @@ def decode_values(data: bytes, shape: tuple[int, ...], bits: int) -> torch.Tenso
 
 def values_bytes(shape: tuple[int, ...], bits: int) -> int:
     return codec.encoded_bytes(0, -(-torch.Size(shape).numel() // BLOCK), bits)
+
+
+def read(
+    microbatch: Microbatch, body: bytes, *, vocabulary: int, hidden: int
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(token ids, hidden states; None at fragment 0) of a request. Raises BadMessage."""
+    size = (microbatch.sequences, microbatch.length)
+    split = tokens_bytes(size, vocabulary=vocabulary)
+    tokens = decode_tokens(body[:split], size, vocabulary=vocabulary)
+    if microbatch.start:
+        return tokens, decode_values(body[split:], (*size, hidden), microbatch.bits)
+    if len(body) > split:
+        raise BadMessage("hidden states before the first fragment")
+    return tokens, None
+
+
+def answer_bytes(microbatch: Microbatch, *, vocabulary: int, hidden: int) -> int:
+    """Of the answer to this request."""
+    if microbatch.train:
+        shape = (microbatch.sequences, microbatch.length, hidden)
+        return values_bytes(shape, microbatch.back_bits) if microbatch.start else 0
+    return logits_bytes(microbatch, vocabulary=vocabulary)
+
+
+def logits_bytes(microbatch: Microbatch, *, vocabulary: int) -> int:
+    return values_bytes((microbatch.sequences, microbatch.logits, vocabulary), 32)
+
+
+def decode_logits(data: bytes, microbatch: Microbatch, *, vocabulary: int) -> torch.Tensor:
+    """fp32 [sequences, positions, vocabulary]. Raises BadMessage."""
+    return decode_values(data, (microbatch.sequences, microbatch.logits, vocabulary), 32)

@@ -15,7 +15,6 @@ from what was read and compared, so a flipped bit never gets into the swarm.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import shutil
@@ -24,12 +23,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load, save
-
 from swarm.averaging.global_state import GlobalState
-from swarm.errors import HomeError, StateError
+from swarm.errors import BadMessage, HomeError, StateError
 from swarm.host.home import atomic_write, sync_folder
+from swarm.network import records
+from swarm.network.records import Head
+from swarm.train import state_file
 
 KEPT = 3
 MANIFEST = "manifest.json"
@@ -60,10 +59,7 @@ def write(folder: Path, checkpoint: Checkpoint, *, num_fragments: int) -> Path:
         }
         for state in checkpoint.states:
             name = f"fragment-{state.fragment:03d}.safetensors"
-            tensors = {"weights": state.weights, **{f"buffer-{i}": b for i, b in enumerate(state.buffers)}}
-            data = save(tensors)
-            atomic_write(temporary / name, data)
-            manifest["files"][name] = hashlib.sha256(data).hexdigest()
+            manifest["files"][name] = state_file.write(temporary / name, state)
             manifest["fragments"].append({
                 "fragment": state.fragment, "version": state.version, "tokens": state.tokens, "digest": state.digest,
             })
@@ -100,36 +96,41 @@ def load_newest(
     return None
 
 
+def older(
+    folder: Path, *, numels: Mapping[int, int], num_fragments: int, num_buffers: int
+) -> list[GlobalState]:
+    """Of each of these fragments the newest state in any checkpoint, where there is one: a peer may have held other
+    ones before. Damaged checkpoints are passed over. Arguments as in `load_newest`."""
+    found: dict[int, GlobalState] = {}
+    for path in reversed(_all(folder)):
+        missing = {index: numel for index, numel in numels.items() if index not in found}
+        with contextlib.suppress(StateError, OSError):
+            found |= {state.fragment: state for state in _load(path, missing, num_fragments, num_buffers).states}
+    return [found[index] for index in sorted(found)]
+
+
 def _load(path: Path, numels: Mapping[int, int], num_fragments: int, num_buffers: int) -> Checkpoint:
     with open(path / MANIFEST, "rb") as file:
         text = file.read(MAX_MANIFEST_BYTES)
     try:
         manifest = json.loads(text)
         entries, files = manifest["fragments"], dict(manifest["files"])
-        heads = [(int(e["version"]), int(e["tokens"]), str(e["digest"])) for e in entries]
+        heads = [records.parse(Head, {k: e[k] for k in ("version", "tokens", "digest")}) for e in entries]
         indices = [e["fragment"] for e in entries]
         stream, written_of = dict(manifest["stream"]), manifest.get("num_fragments", len(entries))
-    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError, BadMessage) as error:
         raise StateError(f"its manifest cannot be read ({error})") from None
     if written_of != num_fragments or not _are_fragments(indices, num_fragments):  # the first ones held all, unsaid
         raise StateError("it does not hold fragments of this run")
     states = []
-    for index, (version, tokens, digest) in zip(indices, heads, strict=True):
-        if index not in numels:
-            continue
-        name = f"fragment-{index:03d}.safetensors"
-        data = (path / name).read_bytes()
-        if hashlib.sha256(data).hexdigest() != files.get(name):
-            raise StateError(f"{name} does not match its hash")
-        with contextlib.suppress(SafetensorError):
-            tensors = load(data)
-            names = ["weights", *(f"buffer-{i}" for i in range(num_buffers))]
-            if all(key in tensors and tuple(tensors[key].shape) == (numels[index],) for key in names):
-                state = GlobalState(index, version, tokens, tensors["weights"], tuple(tensors[k] for k in names[1:]))
-                if 0 <= min(version, tokens) and max(version, tokens) < 2**63 and state.digest == digest:
-                    states.append(state)
-                    continue
-        raise StateError(f"{name} does not hold the state that the manifest names")
+    for index, head in zip(indices, heads, strict=True):
+        if index in numels:
+            name = f"fragment-{index:03d}.safetensors"
+            if state_file.sha256(path / name) != files.get(name):
+                raise StateError(f"{name} does not match its hash")
+            states.append(state_file.read(
+                path / name, fragment=index, head=head, numel=numels[index], num_buffers=num_buffers
+            ))
     return Checkpoint(states, stream)
 
 

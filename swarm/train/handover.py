@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterable
 
 from swarm.averaging.averager import Averager
 from swarm.network.directory import Directory
@@ -29,11 +30,24 @@ async def hand_over(averager: Averager, directory: Directory) -> int:
     soonest, deadline = loop.time() + LINGER_S, loop.time() + HAND_OVER_S
     while directory.alive() and loop.time() < deadline:
         await tell_all(directory)
-        needed = any(needs_us(status, averager.heads()) for status in directory.alive().values())
+        statuses, heads = directory.alive().values(), averager.heads()
+        needed = any(needs_us(status, heads) for status in statuses) or spares_need_us(statuses, heads)
         if loop.time() >= soonest and not needed:
             break
         await asyncio.sleep(LOOK_S)
     return max(averager.pending(), default=0)
+
+
+def spares_need_us(statuses: Iterable[Status], heads: list[Head | None]) -> bool:
+    """We are the last to hold a fragment, and somebody who stays has a spare copy of it, but nobody the newest one:
+    they hurry once they hear that we leave."""
+    staying = [status for status in statuses if not status.leaving]
+    for index, ours in enumerate(heads):
+        copies = [copy for status in staying if (copy := status.spare(index)) is not None]
+        held = any(status.head(index) is not None for status in staying)
+        if ours is not None and copies and not held and max(copy.tokens for copy in copies) < ours.tokens:
+            return True
+    return False
 
 
 def needs_us(status: Status, heads: list[Head | None]) -> bool:

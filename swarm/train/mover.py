@@ -186,7 +186,8 @@ class Mover:
         await parts.averager.context.at_boundary(lambda: self._put(piece))
         self._load_s = loop.time() - began
         head = next(state for state in parts.averager.states() if state.fragment == index)
-        origin = "downloaded" if downloaded else "the run's start"
+        own = "the run's start" if not head.tokens else "from this peer's own copy, or rebuilt"
+        origin = "downloaded" if downloaded else own
         parts.emit(Check("fragment", f"{index} at version {head.version}: {origin}", round(self._load_s, 1)))
 
     def _put(self, piece: Piece) -> None:

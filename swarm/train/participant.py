@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 
-from swarm.averaging import outer
 from swarm.averaging.averager import Averager
 from swarm.averaging.context import Context
 from swarm.averaging.elsewhere import said_tokens
@@ -43,7 +42,7 @@ from swarm.network.reachability import PUBLIC
 from swarm.network.records import Status
 from swarm.pipeline.loading import next_fragment
 from swarm.pipeline.snapshot import NO_STAGE, Holder
-from swarm.train import checkpoint, handover, report, run_source, surroundings
+from swarm.train import checkpoint, handover, report, run_source, surroundings, takeover
 from swarm.train.arrival import Arrival
 from swarm.train.assembly import assemble
 from swarm.train.boundary import Boundary
@@ -169,44 +168,14 @@ class Participant:
     def _take_over_state(self) -> None:
         assert self.held is not None
         began = time.monotonic()
-        saved = checkpoint.load_newest(
-            self._folder / "checkpoints", numels={i: layout.numel for i, layout in self.held.layouts.items()},
-            num_fragments=self.run.fragments, num_buffers=outer.num_buffers(self.run),
-            warn=lambda text: self.bus.emit(Warning(text)),
-        )
-        trusted = run_source.matches_start(self.run, self.held)
-        if saved is not None:
-            self.held.states |= {state.fragment: state for state in saved.states}
-            trusted |= {state.fragment: True for state in saved.states}
-            self._saved_stream = saved.stream
-            run_source.load_states(self.held, saved.states)
-        downloaded = self.network.run(self._synchronise(trusted))
-        assert self.averager is not None
-        said = said_tokens(self.network.directory.alive().values())
-        for state in self.averager.states():
-            if state.tokens == 0 < min((tokens for i, tokens in said.items() if i != state.fragment), default=0):
-                self.bus.emit(Warning(
-                    f"FRAGMENT {state.fragment} STARTS AGAIN FROM THE BEGINNING: nobody here has its state; if a peer"
-                    " that has it comes back, its history wins"
-                ))
-        versions = ", ".join(str(state.version) for state in self.averager.states())
-        origin = f"downloaded {_count(downloaded, 'fragment')} from others" if downloaded else (
-            "from this peer's checkpoint" if saved is not None else "the run's start, drawn from its seed"
-        )
-        one = ", on the word of the only one there" if self.averager.synchroniser.attested_by_one else ""
-        self._check("state", f"versions {versions}: {origin}{one}", began)
-
-    async def _synchronise(self, trusted: dict[int, bool]) -> int:
-        held, network = self.held, self.network
-        assert held is not None
+        network = self.network
         context = Context(
             self.run, self.keypair, network.endpoint, network.directory, self._boundary, self.bus.emit,
             keep=self._place.planner.settings.keep if self._place is not None else AMPLE,
         )
-        parameters = dict(held.model.named_parameters())
-        self.averager = Averager(context, held.layouts, held.states, parameters)
-        self.averager.trust(trusted)
-        return await self.averager.synchroniser.join()
+        taken = takeover.take_over(self.held, context, network, self._folder, spare_disk=self.config.spare_disk)
+        self.averager, self._saved_stream = taken.averager, taken.stream
+        self._check("state", taken.text, began)
 
     async def _stream_later(self) -> PackedStream:
         """The text, for a peer that comes to serve the first fragment while it runs."""
@@ -292,12 +261,14 @@ class Participant:
     def status(self) -> Status:
         """What this peer tells the others."""
         trainer, averager, mover = self.trainer, self.averager, self.mover
+        spares = averager.spares if averager is not None and averager.serving else None
         place = self._place.part if self._place is not None else None
         serving = place if trainer and not self._stopped else None
         return Status(
             run_id=self.run.run_id, name=self.name, role=self.config.role, maddrs=self._arrival.own_maddrs()[:8],
             reach=self._arrival.situation.reach,
             heads=averager.heads() if averager else [], pending=averager.pending() if averager else [],
+            spares=spares.announced() if spares else [], spare_room_bytes=spares.room_bytes if spares else 0,
             tokens=trainer.tokens if trainer else 0,
             tokens_per_s=trainer.tokens_per_s if trainer and not self._stopped else 0.0,
             serving=mover.said_serving() if mover and serving else serving and list(serving),

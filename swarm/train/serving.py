@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from swarm.averaging.averager import Averager
 from swarm.config import RunConfig
 from swarm.data.stream import PackedStream
+from swarm.events import Warning
 from swarm.network.network import Network
-from swarm.pipeline import calls
+from swarm.pipeline import calls, wire
 from swarm.pipeline.chain import Chain
 from swarm.pipeline.compute import StageCompute
-from swarm.pipeline.messages import Bits
 from swarm.pipeline.onward import Shape
 from swarm.pipeline.origin import Origin
 from swarm.pipeline.routing import Router
@@ -55,9 +55,7 @@ class Serving:
         """Between two microbatches of a whole peer: rounds get at the weights, and what others have sent is done, as
         much as is there now, so that nobody can stop this peer's own training."""
         self.boundary.pass_by()
-        for _ in range(self.work.queue):
-            self.work.run_next()
-            self.boundary.pass_by()
+        self.work.run_waiting(self.boundary.pass_by)
         if self.steps.sync:  # others wait for what they sent; the gradient of this peer's own batch is not touched
             self.steps.take_due()
 
@@ -72,10 +70,10 @@ async def serve(
     work = WorkQueue()
     compute = StageCompute(held.stage, {f.index: f for f in held.fragments}, inner.parameters)
     averager.context.before_write = compute.before_write
+    compute.pieces.warn = lambda text: averager.context.emit(Warning(text))
     link_calls = calls.LinkCalls(network.endpoint, network.directory)
     config = held.model.config.get_text_config()
-    batch_tokens = run.train.batch_sequences * run.train.sequence_length
-    bits: Bits = 32 if run.averaging.mode == "sync" else 8
+    bits, back_bits = wire.bits_of(run)
 
     def is_ready(start: int, end: int, version: int) -> bool:
         return all(s.version >= version for s in averager.states() if start <= s.fragment < end)
@@ -83,9 +81,9 @@ async def serve(
     chain = Chain(
         network.peer_id, link_calls, work, compute,
         Router(clock=asyncio.get_running_loop().time, rng=random.Random()),
-        shape=Shape(run.fragments, config.hidden_size, config.vocab_size, batch_tokens), first=first, end=end,
-        max_in_flight=in_flight, holders=lambda: calls.holders(network.directory.alive()), bits=bits, back_bits=bits,
-        is_ready=is_ready,
+        shape=Shape.of(run, hidden=config.hidden_size, vocabulary=config.vocab_size), first=first, end=end,
+        max_in_flight=in_flight, holders=lambda: calls.holders(network.directory.alive()), bits=bits,
+        back_bits=back_bits, is_ready=is_ready,
     )
 
     def new_origin(stream: PackedStream, on_done: Callable[[float, int], None]) -> Origin:

@@ -6,9 +6,11 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import yaml
 
+from scripts.local_swarm import LocalPeer, LocalSwarm
 from swarm.config import PeerConfig
 from swarm.events import Bus, Event
 from swarm.host.home import Home
@@ -49,6 +51,27 @@ def wait_until(condition: Callable[[], bool], *, timeout_s: float, what: str) ->
     while not condition():
         assert time.monotonic() < deadline, f"waited {timeout_s:.0f} s in vain for {what}"
         time.sleep(0.05)
+
+
+class Swarm(LocalSwarm):
+    """Peers that are ready give way to those that start and take seconds of a processor to import: each start of one
+    took several times as long while the others trained as fast as they can. `autogroup`: Linux shares the processor
+    between sessions first, and each peer is one, so priorities of its threads mean nothing to other peers."""
+
+    NICENESS = 5
+
+    def __init__(self, home: Path, *, on_event: Callable[[LocalPeer, dict[str, Any]], None] = lambda *_: None) -> None:
+        def hear(peer: LocalPeer, event: dict[str, Any]) -> None:
+            if event["event"] == "ready":
+                self._give_way(peer)
+            heard(peer, event)
+
+        heard = on_event
+        super().__init__(home, on_event=hear)
+
+    def _give_way(self, peer: LocalPeer) -> None:
+        with contextlib.suppress(OSError):  # it has ended, or this is no Linux, or one without this
+            Path(f"/proc/{peer.process.pid}/autogroup").write_text(str(self.NICENESS))
 
 
 class InProcessPeer:

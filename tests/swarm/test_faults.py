@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from scripts.local_swarm import LocalPeer, LocalSwarm
-from tests.swarm.support import write_run
+from tests.swarm.support import Swarm, write_run
 
 ROUND_DEADLINE_S = 60.0
 """a round after a death: the deadlines that peers derive, on a machine that is busy with other tests as well"""
@@ -80,7 +80,7 @@ def rounds_go_on(swarm: LocalSwarm, watch: Watch, *, by: int = 2) -> None:
 
 def test_the_first_peer_dies_in_mid_round_and_a_newcomer_joins_through_another(tmp_path: Path) -> None:
     watch = Watch()
-    with LocalSwarm(tmp_path, on_event=watch) as swarm:
+    with Swarm(tmp_path, on_event=watch) as swarm:
         start(swarm, write_run(tmp_path), 3)
         first, second, third = swarm.peers
         assert_gone(kill(first))
@@ -100,7 +100,7 @@ def test_the_first_peer_dies_in_mid_round_and_a_newcomer_joins_through_another(t
 def test_twenty_kills_in_a_row(tmp_path: Path) -> None:
     """One peer after another, while their successors are still starting; two at least are there at any time."""
     watch, rng = Watch(), random.Random(0)
-    with LocalSwarm(tmp_path, on_event=watch) as swarm:
+    with Swarm(tmp_path, on_event=watch) as swarm:
         start(swarm, write_run(tmp_path, averaging={"tokens_per_round": 8_000}), 4)
         children = []
         for _ in range(20):

@@ -253,9 +253,15 @@ def test_without_an_address_a_dial_ends_soon(nets, monkeypatch):
 
 
 def close_links(*networks):
-    for network in networks:
-        network.call_soon(lambda network=network: [link.close() for link in network.endpoint._all_links()])
-    until(lambda: not any(network.endpoint._all_links() for network in networks), "the links' end")
+    """Whoever is dialled by the other has a link before its own dial is through, and that opens another one: so this
+    closes what is there again and again, until nothing is under way (a link and a dial are a task each)."""
+
+    async def close(endpoint):
+        for link in endpoint._all_links():
+            link.close()
+        return not endpoint._tasks
+
+    until(lambda: all([network.run(close(network.endpoint)) for network in networks]), "the links' end")
 
 
 @pytest.mark.parametrize(
@@ -394,6 +400,23 @@ def test_one_peer_gets_few_links_and_a_crowd_leaves_no_trace(nets, monkeypatch):
 
 
 # --- the test helpers themselves
+
+
+def test_closing_the_links_waits_for_dials_under_way(nets, monkeypatch):
+    """A side that was quicker has its link closed before the other's dial gets anywhere, and that one opens another."""
+    one, two = nets.start("one"), nets.start("two")
+
+    async def late(peer_id):
+        await soon(lambda: peer_id not in one.endpoint._dialling, "the link of the quicker side")
+        await soon(lambda: not one.endpoint.is_linked(peer_id), "its end")
+
+    monkeypatch.setattr(one.endpoint, "address_of", late)
+    waiting = one.submit(one.endpoint.link_to(two.peer_id, maddrs=two.maddrs))
+    until(lambda: two.peer_id in one.endpoint._dialling, "the dial")
+    two.run(two.endpoint.link_to(one.peer_id, maddrs=one.maddrs))
+    assert waiting.result(PATIENCE_S).greeted and one.endpoint._tasks
+    close_links(one, two)
+    assert not any(network.endpoint._tasks or network.endpoint._all_links() for network in (one, two))
 
 
 def test_waiting_has_an_end(monkeypatch):

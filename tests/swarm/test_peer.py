@@ -19,11 +19,11 @@ from typing import Any
 import psutil
 import pytest
 
-from scripts.local_swarm import LocalPeer, LocalSwarm
+from scripts.local_swarm import LocalPeer, LocalSwarm, finish_with_parent
 from swarm import cli
 from swarm.host.home import Home
 from swarm.network.keys import Keypair
-from tests.swarm.support import write_run
+from tests.swarm.support import Swarm, write_run
 
 START_S = 60.0
 GONE_S = 10.0
@@ -111,13 +111,17 @@ def leave(swarm: LocalSwarm, peer: LocalPeer) -> None:
 
 
 def start_twin(home: Path, *arguments: str) -> subprocess.Popen[str]:
+    """In a session of its own like all peers, or it would share the processor with the tests."""
     command = [sys.executable, "-m", "swarm.peer", "--home", str(home), "--listen", "/ip4/127.0.0.1/tcp/0", *arguments]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        preexec_fn=finish_with_parent,
+    )
 
 
 def test_a_life_from_the_first_start_to_sigkill(folder: Path) -> None:
     ears = Ears()
-    with LocalSwarm(folder, on_event=ears) as swarm:
+    with Swarm(folder, on_event=ears) as swarm:
         first = swarm.start_peer("--new-swarm", "--run", str(write_run(folder)))
         ready(swarm, first)
         words = shlex.split(first.last("ready", "join"))
@@ -190,7 +194,7 @@ def test_until_tokens_all_leave_with_the_same_weights(folder: Path) -> None:
     run = write_run(folder)
     run.write_text(run.read_text().replace("n_embd: 48", "n_embd: 256"))  # slow, or one could get there alone
     until = ["--until-tokens", "60k"]
-    with LocalSwarm(folder) as swarm:
+    with Swarm(folder) as swarm:
         swarm.start_peer("--new-swarm", "--run", str(run), "--listen", place, *until)
         for _ in range(2):
             swarm.start_peer("--initial-peers", f"{place}/p2p/{peer_id}", *until)

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from scripts.local_swarm import LocalPeer, LocalSwarm
+from scripts.local_swarm import LocalPeer
 from swarm.averaging.synchronise import Synchroniser
-from tests.swarm.support import InProcessPeer, peers_in_process, wait_until, write_run
+from tests.swarm.support import InProcessPeer, Swarm, peers_in_process, wait_until, write_run
 
 ROUND_S = 60.0
 Make = Callable[..., InProcessPeer]
@@ -201,7 +201,7 @@ def test_a_donor_is_killed_in_the_middle_of_a_download(
     run = write_run(folder)
     run.write_text(run.read_text().replace("n_embd: 48", "n_embd: 256"))  # 54 chunks instead of 4
     caplog.set_level(logging.INFO, logger="swarm.averaging.download")
-    with LocalSwarm(folder) as swarm, peers_in_process() as make:
+    with Swarm(folder) as swarm, peers_in_process() as make:
         victim = swarm.start_peer("--new-swarm", "--run", str(run))
         swarm.wait_for(lambda: "ready" in victim.newest, timeout_s=60, what="the first donor")
         survivor = swarm.start_peer("--initial-peers", *victim.last("ready", "maddrs"))

@@ -15,8 +15,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from swarm.config import load_run
 from tests.swarm.support import GPTJ, wait_until, write_run
 
@@ -58,7 +56,8 @@ def swarm(tmp_path: Path, system: Stages) -> Iterator[list[Process]]:
             join = peers[0].of("ready")[0]["maddrs"] if peers else []
             argv = system.command(setup, number, ["127.0.0.1"] * setup.num_peers, join)
             peers.append(Process(argv, tmp_path / f"stderr-{number}"))
-            wait_until(lambda: bool(peers[-1].of("ready")), timeout_s=LIMIT_S, what=f"peer {number} to be ready")
+            if number in (0, setup.num_peers - 1):  # the others need the first one's addresses only
+                wait_until(lambda: all(p.of("ready") for p in peers), timeout_s=LIMIT_S, what="peers to be ready")
         yield peers
         for peer in peers:
             peer.process.send_signal(signal.SIGTERM)
@@ -74,9 +73,8 @@ def specs(*parts: tuple[int, int]) -> list[StageSpec]:
     return [StageSpec(part, SERVICE_S * (part[1] - part[0])) for part in parts]
 
 
-@pytest.mark.parametrize("emulate", [False, True])
-def test_what_an_origin_says_is_done_is_added_up_once_by_each_peer_of_the_path(tmp_path: Path, emulate: bool) -> None:
-    with swarm(tmp_path, Stages(specs((0, 1), (1, 3)), emulate=emulate)) as peers:
+def test_what_an_origin_says_is_done_is_added_up_once_by_each_peer_of_the_path(tmp_path: Path) -> None:
+    with swarm(tmp_path, Stages(specs((0, 1), (1, 3)), emulate=False)) as peers:
         wait_until(lambda: len(peers[0].of("done")) >= 12, timeout_s=LIMIT_S, what="microbatches")
     first, second = (peer.of("ready")[0]["peer_id"] for peer in peers)
     done = peers[0].of("done")
@@ -90,7 +88,7 @@ def test_what_an_origin_says_is_done_is_added_up_once_by_each_peer_of_the_path(t
     times = [line["at"] for line in peers[1].of("committed")]
     assert times[-1] - times[0] >= (len(times) - 10) * 2 * SERVICE_S, "no faster than its slowest stage"
     losses = [line["loss"] for line in peers[0].of("progress")]
-    assert all(loss == 1.0 for loss in losses) == emulate
+    assert losses and not all(loss == 1.0 for loss in losses), "of the text: 1.0 is what is said where none is computed"
 
 
 def test_a_hub_drives_each_stage_itself_and_tries_several_numbers_in_flight(tmp_path: Path) -> None:
@@ -102,6 +100,7 @@ def test_a_hub_drives_each_stage_itself_and_tries_several_numbers_in_flight(tmp_
         # peers that draw no text speak of progress once they have heard a loss
         wait_until(lambda: all(peer.of("progress") for peer in peers), timeout_s=LIMIT_S, what="progress of all")
         links = [peer.of("progress")[-1] for peer in peers]
+    assert all(line["loss"] == 1.0 for peer in peers for line in peer.of("progress")), "nothing is computed"
     run = load_run(tmp_path / "run.yaml")
     activation = run.train.sequence_length * 48  # of one sequence, a byte a value
     assert links[0]["bytes_sent"] > 6 * activation * 10, "three ways up for each of two other stages"

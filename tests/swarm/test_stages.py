@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from scripts.local_swarm import LocalPeer, LocalSwarm
-from tests.swarm.support import GPTJ, write_run
+from tests.swarm.support import GPTJ, Swarm, write_run
 from tests.swarm.test_faults import Watch, assert_gone, kill, ready, rounds_go_on
 
 
@@ -41,7 +41,7 @@ def test_three_stages_with_two_holders_each_learn_and_outlive_their_peers(tmp_pa
     """A middle holder, a last one and the first peer of all are killed, one by one; others take their place."""
     watch = Watch()
     stages = ["0:1", "1:3", "3:4", "0:1", "1:3", "3:4"]
-    with LocalSwarm(tmp_path, on_event=watch) as swarm:
+    with Swarm(tmp_path, on_event=watch) as swarm:
         start(swarm, four_fragments(tmp_path), stages)
         swarm.wait_for(
             lambda: set(watch.newest) == {0, 1, 2, 3}, timeout_s=90, what="a round of every fragment"
@@ -70,7 +70,7 @@ def test_three_stages_with_two_holders_each_learn_and_outlive_their_peers(tmp_pa
 @pytest.mark.timeout(300)
 def test_a_peer_that_fits_the_first_fragment_trains_through_whole_peers(tmp_path: Path) -> None:
     watch = Watch()
-    with LocalSwarm(tmp_path, on_event=watch) as swarm:
+    with Swarm(tmp_path, on_event=watch) as swarm:
         start(swarm, four_fragments(tmp_path), ["auto", "0:1", "2:4"])
         _, small, tail = swarm.peers
         swarm.wait_for(lambda: set(watch.newest) == {0, 1, 2, 3}, timeout_s=90, what="a round of every fragment")
@@ -82,28 +82,6 @@ def test_a_peer_that_fits_the_first_fragment_trains_through_whole_peers(tmp_path
         assert not watch.disagreements(swarm.peers)
 
 
-@pytest.mark.timeout(300)
-def test_a_fragment_whose_holder_is_gone_starts_again_with_a_loud_word(tmp_path: Path) -> None:
-    said: list[str] = []
-    watch = Watch()
-
-    def listen(peer: LocalPeer, event: dict[str, object]) -> None:
-        watch(peer, event)
-        if event["event"] == "warning":
-            said.append(str(event["text"]))
-
-    with LocalSwarm(tmp_path, on_event=listen) as swarm:
-        start(swarm, four_fragments(tmp_path, tokens_per_round=1_000), ["0:2", "2:3", "3:4"])
-        swarm.wait_for(lambda: set(watch.newest) == {0, 1, 2, 3}, timeout_s=90, what="a round of every fragment")
-        assert_gone(kill(swarm.peers[1]))
-        swarm.wait_for(lambda: any("nobody here holds fragment 2" in text for text in said), timeout_s=60, what="that")
-        maddrs = swarm.peers[0].last("ready", "maddrs")
-        newcomer = swarm.start_peer("--initial-peers", *maddrs, "--fragments", "2:3", number=7)
-        swarm.wait_for(lambda: any("FRAGMENT 2 STARTS AGAIN" in text for text in said), timeout_s=60, what="a word")
-        swarm.wait_for(lambda: newcomer.heads.get(2, (0, ""))[0] >= 1, timeout_s=60, what="a round of it")
-        swarm.finish()
-
-
 def test_a_peer_says_what_nobody_holds_and_that_it_is_over(tmp_path: Path) -> None:
     said: list[str] = []
 
@@ -111,7 +89,7 @@ def test_a_peer_says_what_nobody_holds_and_that_it_is_over(tmp_path: Path) -> No
         if event["event"] == "warning" and peer.number == 0:
             said.append(str(event["text"]))
 
-    with LocalSwarm(tmp_path, on_event=listen) as swarm:
+    with Swarm(tmp_path, on_event=listen) as swarm:
         start(swarm, four_fragments(tmp_path), ["0:2"])
         swarm.wait_for(lambda: bool(said), timeout_s=30, what="a word")
         assert said == ["nobody here holds fragment 2, 3: microbatches wait for a peer that does (--fragments A:B)"]

@@ -20,7 +20,7 @@ from tests.swarm.support import InProcessPeer, peers_in_process, wait_until, wri
 
 PEERS = 4
 FRAGMENTS = 2
-ROUNDS = 16
+ROUNDS = 8
 ALLOWED_FACTOR, ALLOWED_BYTES = 1.15, 20_000
 
 

@@ -52,12 +52,13 @@ def test_all_flags_arrive():
         "--home /h --name amber --role rendezvous --device cuda:1 --threads 3 --listen /ip4/0.0.0.0/tcp/0 -v "
         "--ui json --announce /ip4/203.0.113.7/tcp/5 --run-id demo-0123456789ab --until-tokens 20M"
         " --join-timeout-s 2.5 --fragments 1:3 --max-memory 6GB"
+        " --spare-disk 2GB"
     )
     assert parse([*argv.split(), "--initial-peers", GOOD, OTHER], {}) == PeerConfig(
         initial_peers=[GOOD, OTHER], run_id="demo-0123456789ab", home="/h", name="amber", role="rendezvous",
         device="cuda:1", threads=3, listen=["/ip4/0.0.0.0/tcp/0"], announce=["/ip4/203.0.113.7/tcp/5"],
         until_tokens=20_000_000, ui="json", join_timeout_s=2.5, verbose=True, fragments="1:3",
-        max_memory=6_000_000_000,
+        max_memory=6_000_000_000, spare_disk=2_000_000_000,
     )  # fmt: skip
     assert parse(["--new-swarm", "--run", "my.yaml"], {}) == PeerConfig(new_swarm=True, run="my.yaml")
 
@@ -139,6 +140,14 @@ def test_memory_is_a_size_in_every_source(config_file, text, num_bytes):
     assert parse(["--config", config_file(f"max-memory: {text}")], {}).max_memory == num_bytes
 
 
+def test_disk_for_spares_is_a_size_too_and_may_be_nothing(config_file):
+    assert parse([], {}).spare_disk is None, "a share of what is free"
+    assert parse(["--spare-disk", "0"], {}).spare_disk == 0
+    assert parse([], {"SWARM_SPARE_DISK": "2GB"}).spare_disk == 2 * 10**9
+    assert parse(["--config", config_file("spare-disk: 512MiB")], {}).spare_disk == 2**29
+    assert "--spare-disk" in refused(["--spare-disk", "much"])
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
@@ -195,7 +204,7 @@ def test_a_file_in_another_encoding_is_a_stated_error(tmp_path):
         (["--fragments", "0:257"], "there are no fragments from 0 to before 257"),
         (["--max-memory", "lots"], "6GB or 512MiB"),
         (["--max-memory", "6 parsecs"], "6GB or 512MiB"),
-        (["--max-memory", "100MB"], "--max-memory must be 500 MB or more"),
+        (["--max-memory", "100MB"], "--max-memory must be 400 MB or more"),
         (["--max-memory", "6"], "got 6 B"),
         (["--join-timeout-s", "nan"], "--join-timeout-s must be over 0"),
         (["--join-timeout-s", "0"], "--join-timeout-s must be over 0"),

@@ -14,6 +14,7 @@ from swarm.config import (
     DataConfig,
     ModelConfig,
     PeerConfig,
+    PipelineConfig,
     RunConfig,
     TrainConfig,
     canonical_json,
@@ -49,6 +50,14 @@ def refused(document, origin="run.yaml"):
 # --- the hash
 
 
+def test_what_is_said_as_it_is_anyway_makes_no_other_run():
+    plain, said = (run_from_dict(changed(**parts), origin="test") for parts in ({}, {"pipeline__activation_bits": 8}))
+    assert plain == said and plain.run_id == said.run_id
+    four = run_from_dict(changed(pipeline__activation_bits=4), origin="test")
+    assert json.loads(canonical_json(four))["pipeline"] == {"activation_bits": 4}
+    assert run_from_json(canonical_json(four), run_id=four.run_id) == four != plain
+
+
 def test_the_run_id_is_the_name_and_a_hash_of_everything():
     run = run_from_dict(SMALLEST, origin="test")
     name, _, digest = run.run_id.rpartition("-")
@@ -59,12 +68,15 @@ def test_the_run_id_is_the_name_and_a_hash_of_everything():
 def test_the_hash_of_a_known_config_never_changes():
     """A peer of an older version must find the same run: a new field with a default breaks this, on purpose."""
     run = run_from_dict(SMALLEST, origin="test")
-    assert json.loads(canonical_json(run)) == dataclasses.asdict(
+    document = dataclasses.asdict(
         RunConfig(
             name="demo", model=ModelConfig(config={"model_type": "gptj"}), data=DataConfig(stdlib=True),
             train=TrainConfig(betas=[0.9, 0.95]),
         )
     )  # fmt: skip
+    assert document.pop("pipeline") == {"activation_bits": 8}, "came later: spelt only where it says anything"
+    assert json.loads(canonical_json(run)) == document
+    assert run.run_id == "demo-b252d456f4d8"
     assert canonical_json(run).isascii()
     assert b" " not in canonical_json(run)
 
@@ -81,6 +93,7 @@ def test_the_order_and_spelling_of_the_yaml_do_not_matter():
     [
         {"seed": 1}, {"fragments": 5}, {"tokenizer": "gpt2"}, {"train__learning_rate": 0.002},
         {"averaging__bits": 8}, {"data__held_out_percent": 5}, {"model__config": {"model_type": "llama"}},
+        {"pipeline__activation_bits": 4},
         {"initial_digests": ["0" * 64] * 4},
     ],
     ids=lambda change: next(iter(change)),
@@ -103,6 +116,7 @@ runs = st.builds(
     fragments=st.integers(1, 256),
     train=st.builds(TrainConfig, learning_rate=st.floats(1e-9, 10), betas=st.tuples(*[st.floats(0, 0.999)] * 2)),
     averaging=st.builds(AveragingConfig, bits=st.sampled_from([4, 8, 32]), tokens_per_round=st.integers(1)),
+    pipeline=st.builds(PipelineConfig, activation_bits=st.sampled_from([4, 8, 32])),
 )
 
 
@@ -235,6 +249,13 @@ def test_numbers_beyond_all_bounds_are_stated_errors():
         ({"averaging__bits": 3}, "averaging.bits must be 4, 8 or 32"),
         ({"averaging__mode": "global"}, "averaging.mode must be local or sync"),
         ({"averaging__mode": "sync"}, "needs bits 32"),
+        ({"pipeline__activation_bits": 2}, "pipeline.activation_bits must be 4, 8 or 32"),
+        ({"pipeline__activation_bits": True}, "pipeline.activation_bits must be int"),
+        ({"pipeline__bits": 8}, "unknown key 'pipeline.bits'"),
+        (
+            {"averaging__mode": "sync", "averaging__bits": 32, "pipeline__activation_bits": 4},
+            "cannot have pipeline.activation_bits 4",
+        ),
         ({"averaging__tokens_per_round": 0}, "tokens_per_round"),
         ({"averaging__max_round_s": 0}, "max_round_s"),
         ({"averaging__outer_momentum": 1}, "outer_momentum"),

@@ -42,7 +42,7 @@ class Padded(StageCompute):
     def loss(
         self, key: Hashable, values: torch.Tensor, targets: torch.Tensor, *, start: int, end: int, keep: bool = True
     ) -> tuple[float, torch.Tensor | None]:
-        """Calls `backward`, whose time is counted there."""
+        """The forward's time and the backward's."""
         until = time.monotonic() + (self.times.forward_s + self.times.backward_s * keep) * (end - start)
         found = super().loss(key, values, targets, start=start, end=end, keep=keep)
         sleep_until(until)

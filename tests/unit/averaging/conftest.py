@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from swarm.averaging import plan
 from swarm.averaging.layout import Layout, layout_of
 from swarm.averaging.messages import (
     Commit,
@@ -91,6 +92,12 @@ def no_threads(monkeypatch: pytest.MonkeyPatch) -> None:
         return function(*arguments)
 
     monkeypatch.setattr(asyncio, "to_thread", at_once)
+
+
+@pytest.fixture
+def small_pieces(no_threads: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Owners have several parts, as in a large model."""
+    monkeypatch.setattr(plan, "MIN_PIECE_BLOCKS", 1)
 
 
 @pytest.fixture

@@ -35,6 +35,12 @@ def make_world(
     return world
 
 
+def start_all(world: World) -> list[Peer]:
+    for peer in world.peers.values():
+        peer.start()
+    return list(world.peers.values())
+
+
 def alive(world: World) -> list[Peer]:
     return [peer for peer in world.peers.values() if not peer.dead]
 

@@ -19,6 +19,7 @@ from swarm.averaging.averager import Averager
 from swarm.averaging.context import Context
 from swarm.averaging.global_state import initial_state
 from swarm.averaging.layout import Layout
+from swarm.averaging.spare_copies import Store
 from swarm.config import RunConfig
 from swarm.errors import NetworkError, PeerGone, PeerRefused
 from swarm.events import Event, Round
@@ -91,8 +92,10 @@ class Peer:
     bytes_sent = bytes_received = 0
     reach = ""
 
-    def __init__(self, world: World, key: Keypair, holds: Collection[int] | None = None) -> None:
-        """`holds`: fragments that it holds; None: all."""
+    def __init__(
+        self, world: World, key: Keypair, holds: Collection[int] | None = None, *, disk: Store | None = None
+    ) -> None:
+        """`holds`: fragments that it holds; None: all. `disk`: for spare copies of the others."""
         layouts = {i: layout for i, layout in enumerate(world.layouts) if holds is None or i in holds}
         starts = {i: start_of(layout) for i, layout in layouts.items()}
         self.world, self.id, self.dead = world, key.peer_id, False
@@ -107,6 +110,8 @@ class Peer:
         context = Context(world.run, key, self, self, Boundary(), self.events.append)  # type: ignore[arg-type]
         states = {i: initial_state(i, start, 1) for i, start in starts.items()}
         self.averager = Averager(context, layouts, states, self.parameters)
+        if disk is not None:
+            self.averager.keep_spares(disk, dict(enumerate(world.layouts)))
         self.trained = 0
         self.trained_in = dict.fromkeys(range(len(world.layouts)), 0)
         """by fragment, where there are several"""
@@ -118,7 +123,13 @@ class Peer:
 
     def start(self, *, tokens: int = 100, every_s: float = 0.4) -> None:
         self.averager.start()
-        self._tasks = [asyncio.create_task(self._beat()), asyncio.create_task(self._train(tokens, every_s))]
+        self.start_beating()
+        self._tasks = [self._tasks[0], asyncio.create_task(self._train(tokens, every_s))]
+
+    def start_beating(self) -> None:
+        """Others hear of it while it is joining."""
+        if not self._tasks:
+            self._tasks = [asyncio.create_task(self._beat())]
 
     async def stop_training(self) -> None:
         self._tasks[1].cancel()
@@ -167,9 +178,11 @@ class Peer:
             self.on_status(peer_id, status)
 
     def status(self) -> Status:
+        spares = self.averager.spares
         return Status(
             run_id=self.world.run.run_id, name="x", role="trainer", heads=self.averager.heads(),
-            pending=self.averager.pending(), tokens_per_s=100.0,
+            pending=self.averager.pending(), tokens_per_s=100.0, leaving=self.averager.leaving,
+            spares=spares.announced() if spares else [], spare_room_bytes=spares.room_bytes if spares else 0,
         )
 
     @property
@@ -274,9 +287,9 @@ def play(story: Coroutine[Any, Any, None]) -> None:
     try:
         loop.run_until_complete(story)
     finally:
-        left = asyncio.all_tasks(loop)
-        for task in left:
-            task.cancel()
-        if left:
+        while left := asyncio.all_tasks(loop):  # what ends may begin something in its turn, such as to forget its work
+            loop.run_until_complete(asyncio.sleep(0))  # one that never ran a line would leave what it awaits unawaited
+            for task in left:
+                task.cancel()
             loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))
         loop.close()

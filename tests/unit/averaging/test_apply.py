@@ -106,7 +106,7 @@ class Peer:
                 raise PeerRefused("this peer does not have those bytes")
             return {}, data
         if method == "commits":
-            return {}, self.applier.serve_commits(header)
+            return {}, self.applier.history.answer(header.get("since"))
         if method == "knows":
             return {"known": self.applier.history.knows(header["version"], header["digest"])}, b""
         if method == "state":
@@ -274,8 +274,8 @@ def test_who_was_away_follows_the_commits(peers: list[Peer]) -> None:
 def test_commits_are_served_to_those_who_ask_properly(peers: list[Peer]) -> None:
     for since in (None, -1, "0", 1.0):
         with pytest.raises(BadMessage):
-            peers[0].applier.serve_commits({"since": since})
-    assert peers[0].applier.serve_commits({"since": 0}) == b'{"commits":[]}'
+            peers[0].applier.history.answer(since)
+    assert peers[0].applier.history.answer(0) == b'{"commits":[]}'
 
 
 @pytest.mark.parametrize("was_in_the_other", [True, False])

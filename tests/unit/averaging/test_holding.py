@@ -9,7 +9,6 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from swarm.averaging import plan
 from swarm.averaging.global_state import GlobalState, initial_state
 from swarm.config import RunConfig
 from swarm.errors import PeerGone, StateError
@@ -24,23 +23,14 @@ from tests.unit.averaging.partial import (
     holders,
     make_world,
     settle,
+    start_all,
     trained,
     until,
 )
 from tests.unit.averaging.simulation import Peer, World, play, start_of
 
 MakeRun = Callable[..., RunConfig]
-
-
-@pytest.fixture(autouse=True)
-def small_pieces(no_threads: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan, "MIN_PIECE_BLOCKS", 1)
-
-
-def start_all(world: World) -> list[Peer]:
-    for peer in world.peers.values():
-        peer.start()
-    return list(world.peers.values())
+pytestmark = pytest.mark.usefixtures("small_pieces")
 
 
 def place(peer: Peer, index: int, state: GlobalState | None = None) -> GlobalState:
@@ -62,7 +52,7 @@ async def remove(peer: Peer, index: int, *, deadline_s: float = 60.0) -> int:
     return await peer.averager.remove(index, deadline_s=deadline_s)
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(6))
 def test_a_peer_moves_from_one_fragment_to_another_and_nothing_is_lost(
     make_run: MakeRun, keys: list[Keypair], seed: int
 ) -> None:

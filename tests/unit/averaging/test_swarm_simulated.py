@@ -1,4 +1,4 @@
-"""Swarms under hundreds of schedules of delay, loss, partition and death: one truth (I1), no token lost or counted
+"""Swarms under dozens of schedules of delay, loss, partition and death: one truth (I1), no token lost or counted
 twice (I2), nobody waits for the dead (I3). The protocol is the real one, see simulation.py."""
 
 from __future__ import annotations
@@ -8,18 +8,13 @@ from collections.abc import Callable
 
 import pytest
 
-from swarm.averaging import plan
 from swarm.averaging.layout import Layout, layout_of
 from swarm.config import RunConfig
 from swarm.model.fragments import FragmentSpec, TensorSpec
 from swarm.network.keys import Keypair
 from tests.unit.averaging.simulation import Peer, World, play
 
-
-@pytest.fixture(autouse=True)
-def small_pieces(no_threads: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Owners have several parts, as in a large model."""
-    monkeypatch.setattr(plan, "MIN_PIECE_BLOCKS", 1)
+pytestmark = pytest.mark.usefixtures("small_pieces")
 
 
 @pytest.fixture
@@ -100,7 +95,7 @@ def test_without_faults_every_round_is_of_all(
     play(story())
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", range(21))
 def test_lost_and_late_messages_lose_nothing(
     make_run: Callable[..., RunConfig], layout: Layout, keys: list[Keypair], seed: int
 ) -> None:
@@ -119,7 +114,7 @@ def test_lost_and_late_messages_lose_nothing(
     play(story())
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", range(24))
 def test_the_death_of_one_takes_no_more_than_what_it_held(
     make_run: Callable[..., RunConfig], layout: Layout, keys: list[Keypair], seed: int
 ) -> None:
@@ -129,7 +124,7 @@ def test_the_death_of_one_takes_no_more_than_what_it_held(
         peers = list(world.peers.values())
         for peer in peers:
             peer.start()
-        await asyncio.sleep(15 + seed * 0.37)
+        await asyncio.sleep(15 + seed * 0.61)
         victim = peers[seed % 4]
         held = held_by(victim, [peer for peer in peers if peer is not victim])
         committed_before = max(peer.head[2] for peer in peers if peer is not victim)
@@ -146,7 +141,7 @@ def test_the_death_of_one_takes_no_more_than_what_it_held(
     play(story())
 
 
-@pytest.mark.parametrize("seed", range(30))
+@pytest.mark.parametrize("seed", range(16))
 def test_a_parted_swarm_comes_together_and_loses_nothing(
     make_run: Callable[..., RunConfig], layout: Layout, keys: list[Keypair], seed: int
 ) -> None:
@@ -155,9 +150,9 @@ def test_a_parted_swarm_comes_together_and_loses_nothing(
         ids = list(world.peers)
         for peer in world.peers.values():
             peer.start()
-        await asyncio.sleep(12 + seed * 0.29)
+        await asyncio.sleep(12 + seed * 0.53)
         world.part(ids[: 1 + seed % 2])
-        await asyncio.sleep(20 + seed)
+        await asyncio.sleep(20 + 2 * seed)
         world.heal()
         alive = await settle(world, limit_s=240)
         assert alive[0].head[2] == sum(peer.trained for peer in alive), "committed is what was trained"
@@ -180,3 +175,27 @@ def test_a_simulated_swarm_is_the_same_each_time(
     play(story())
     play(story())
     assert heads[0] == heads[1]
+
+
+def test_what_a_story_leaves_undone_ends_with_it() -> None:
+    """Also what begins at the end only: a loop that is closed over it would say so in the middle of another test."""
+    ended, tasks = [], []
+
+    async def second() -> None:
+        try:
+            await asyncio.sleep(1)
+        finally:
+            ended.append("second")
+
+    async def first() -> None:
+        try:
+            await asyncio.sleep(1)
+        finally:
+            ended.append("first")
+            tasks.append(asyncio.ensure_future(second()))
+
+    async def story() -> None:
+        tasks.append(asyncio.ensure_future(first()))
+
+    play(story())
+    assert ended == ["first", "second"] and all(task.cancelled() for task in tasks)

@@ -17,6 +17,7 @@ from swarm.data.tokenizer import (
     byte_tokenizer,
     is_byte_tokenizer,
     load_tokenizer,
+    text_bytes,
 )
 from swarm.errors import ConfigError
 
@@ -102,6 +103,13 @@ def test_tokenizer_of_a_folder(tmp_path: Path) -> None:
     assert loaded("hello world")["input_ids"] == [2, 3]
     assert loaded.eos_token_id == 1
     assert not is_byte_tokenizer(loaded)
+
+
+def test_text_is_measured_in_bytes() -> None:
+    assert text_bytes(small_tokenizer("</s>"), [2, 3, 1]) == len("hello world"), "the end of a text is none of it"
+    own = byte_tokenizer()
+    assert text_bytes(own, [*"caf\u00e9".encode(), EOS_ID]) == 6, "and here a token is a byte, whatever it is"
+    assert text_bytes(own, []) == 0
 
 
 def test_home_folder_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

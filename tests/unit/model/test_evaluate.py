@@ -12,7 +12,7 @@ from torch import nn
 from swarm.config import DataConfig, ModelConfig, RunConfig
 from swarm.data.tokenizer import byte_tokenizer
 from swarm.model.build import build_model
-from swarm.model.evaluate import held_out_loss, sample_text
+from swarm.model.evaluate import held_out_loss, mean_loss, next_token, perplexity, predicted, sample_text
 
 CONFIG = {
     "model_type": "gptj",
@@ -107,3 +107,42 @@ def test_prompts_of_any_length(model: Any) -> None:
     long = "x" * 500
     assert sample_text(model, tokenizer, long, 8, seed=3) == sample_text(model, tokenizer, long[-40:], 8, seed=3)
     assert isinstance(sample_text(model, tokenizer, long, max_new_tokens=1000), str)
+
+
+def test_the_mean_is_over_tokens() -> None:
+    assert mean_loss([(1.0, 30), (4.0, 10)]) == pytest.approx(1.75)
+    assert mean_loss(iter([(2.5, 7)])) == 2.5
+    assert predicted(torch.zeros(3, 5)) == 12 and predicted(torch.zeros(1, 2)) == 1
+
+
+def test_perplexity_is_among_how_many_it_guesses() -> None:
+    assert perplexity(math.log(300)) == pytest.approx(300) and perplexity(0.0) == 1.0
+    assert math.isfinite(perplexity(1e6)), "a model that was never any good is no error"
+
+
+LOGITS = torch.tensor([0.0, 3.0, 2.0, 1.0, 9.0])
+
+
+def draws(count: int = 400, **how: Any) -> list[int]:
+    generator = torch.Generator().manual_seed(1)
+    return [next_token(LOGITS, generator=generator, num_tokens=4, **how) for _ in range(count)]
+
+
+def test_without_temperature_the_likeliest_comes_next() -> None:
+    assert set(draws(10, temperature=0.0)) == set(draws(10, temperature=1.0, top_k=1)) == {1}, "4 is no token"
+
+
+def test_tokens_come_as_often_as_their_chances_say() -> None:
+    found = draws(4000, temperature=2.0)
+    chances = torch.softmax(LOGITS[:4] / 2.0, dim=0)
+    for token in range(4):
+        assert found.count(token) / 4000 == pytest.approx(float(chances[token]), abs=0.03)
+
+
+@pytest.mark.parametrize(("top_k", "tokens"), [(2, {1, 2}), (3, {1, 2, 3}), (4, {0, 1, 2, 3}), (99, {0, 1, 2, 3})])
+def test_top_k_leaves_out_the_others(top_k: int, tokens: set[int]) -> None:
+    assert set(draws(temperature=5.0, top_k=top_k)) == tokens
+
+
+def test_the_same_seed_draws_the_same() -> None:
+    assert draws(temperature=1.0) == draws(temperature=1.0)

@@ -172,3 +172,36 @@ def test_the_largest_status_fits_into_what_is_bounded():
         **SMALLEST, heads=[head] * 256, pending=[records.MAX_TOKENS] * 256, maddrs=["/" + "x" * 199] * 8
     )
     assert len(Beat(status=status).model_dump_json()) < 60_000
+
+
+def test_a_status_names_spare_copies_and_the_room_for_them():
+    head = {"version": 3, "digest": "a" * 64, "tokens": 7}
+    status = parse(Status, {**SMALLEST, "spares": [{"fragment": 2, "head": head}], "spare_room_bytes": 10**9})
+    assert status.spare(2) == parse(Head, head) and status.spare(1) is None and status.held() == {}
+    again = parse(Status, json.loads(json.dumps(status.model_dump(exclude_defaults=True))))
+    assert again == status, "as it travels"
+    assert parse(Status, SMALLEST).spares == [] and parse(Status, SMALLEST).spare_room_bytes == 0
+
+
+@pytest.mark.parametrize("spare", [
+    {"fragment": 256, "head": None}, {"fragment": -1}, {"fragment": 1}, {"head": {}}, None, 3,
+    {"fragment": 1, "head": {"version": 1, "digest": "x", "tokens": 1}},
+])
+def test_a_spare_that_is_none_is_refused(spare):
+    with pytest.raises(BadMessage, match="malformed Status"):
+        parse(Status, {**SMALLEST, "spares": [spare]})
+    with pytest.raises(BadMessage, match="malformed Status"):
+        parse(Status, {**SMALLEST, "spare_room_bytes": -1})
+
+
+def test_a_status_with_as_many_spares_as_fragments_that_it_does_not_hold_fits_into_what_is_bounded():
+    head = Head(version=2**40, digest="f" * 64, tokens=records.MAX_TOKENS)
+    half = records.MAX_SPARES
+    status = Status(
+        **SMALLEST, heads=[head] * (256 - half) + [None] * half, pending=[records.MAX_TOKENS] * 256,
+        maddrs=["/" + "x" * 199] * 8, spares=[records.Spare(fragment=255, head=head)] * half,
+        spare_room_bytes=2**50,
+    )
+    assert len(Beat(status=status).model_dump_json()) < 60_000
+    with pytest.raises(BadMessage):
+        parse(Status, {**SMALLEST, "spares": [{"fragment": 0, "head": head.model_dump()}] * (half + 1)})

@@ -19,7 +19,8 @@ from swarm.network import records
 from swarm.network.link import Answer
 from swarm.pipeline.chain import Chain
 from swarm.pipeline.compute import StageCompute
-from swarm.pipeline.messages import Microbatch, Verdicts, Working
+from swarm.pipeline.guest import Guest
+from swarm.pipeline.messages import Bits, Microbatch, Verdicts, Working
 from swarm.pipeline.onward import Shape
 from swarm.pipeline.origin import Origin
 from swarm.pipeline.routing import Holder, Router
@@ -30,8 +31,11 @@ T = TypeVar("T")
 
 
 class World:
-    def __init__(self, num_fragments: int, *, seed: int, delay_s: float = 0.02, twice: float = 0.0) -> None:
-        self.num_fragments, self.dice = num_fragments, random.Random(seed)
+    def __init__(
+        self, num_fragments: int, *, seed: int, delay_s: float = 0.02, twice: float = 0.0, bits: Bits = 32,
+        back_bits: Bits = 32,
+    ) -> None:
+        self.num_fragments, self.dice, self.bits, self.back_bits = num_fragments, random.Random(seed), bits, back_bits
         self.delay_s, self.twice = delay_s, twice
         self.peers: dict[str, Peer] = {}
         self.messages: list[tuple[str, str, str, int]] = []
@@ -91,7 +95,7 @@ class Peer:
         self.world, self.id, self.first, self.end = world, name.replace("0", "Z").ljust(20, "x"), first, end
         self.dead, self.frozen_until = False, 0.0
         fragments = {i: f for i, f in fragments_of(world.num_fragments).items() if first <= i < end}
-        stage = Toy(world.num_fragments)
+        self.stage = stage = Toy(world.num_fragments)
         names = {t.name for fragment in fragments.values() for t in fragment.tensors}
         self.parameters = {name: p for name, p in stage.model.named_parameters() if name in names}
         self.compute = StageCompute(stage, fragments, self.parameters)  # type: ignore[arg-type]
@@ -99,7 +103,8 @@ class Peer:
         self.router = Router(clock=asyncio.get_running_loop().time, rng=random.Random(name))
         self.chain = Chain(
             self.id, self, self.work, self.compute, self.router, first=first, end=end, holders=self.holders,
-            shape=Shape(world.num_fragments, HIDDEN, VOCABULARY, 10 * LENGTH), bits=32, back_bits=32,
+            shape=Shape(world.num_fragments, HIDDEN, VOCABULARY, 10 * LENGTH), bits=world.bits,
+            back_bits=world.back_bits,
         )
         self.losses: list[float] = []
         self.answering: set[asyncio.Task[Any]] = set()
@@ -107,7 +112,8 @@ class Peer:
 
     def holders(self) -> list[Holder]:
         """A directory notices a death some seconds late, so the dead are in it."""
-        return [Holder(p.id, p.first, p.end) for p in self.world.peers.values() if p is not self and not p.forgotten]
+        others = (p for p in self.world.peers.values() if p is not self and not p.forgotten)
+        return [Holder(p.id, p.first, p.end) for p in others if p.first < p.end]
 
     forgotten = False
 
@@ -210,6 +216,23 @@ class Peer:
         return missing
 
 
+class Visitor(Peer):
+    """Asks and holds nothing."""
+
+    def __init__(self, world: World, name: str) -> None:
+        super().__init__(world, name, 0, 1)
+        self.first = self.end = self.chain.end = 0
+        self.guest = Guest(
+            self.id, self, self.router, shape=self.chain.shape, holders=self.holders, bits=world.bits,
+            back_bits=world.back_bits,
+        )
+
+    async def answer(self, asker: str, method: str, header: dict[str, Any], body: bytes) -> Answer:
+        assert method == "working", "nobody asks it anything"
+        self.guest.onward.on_working(asker, records.parse(Working, header))
+        return {}, b""
+
+
 async def finish(origins: list[tuple[Origin, Callable[[], bool]]]) -> None:
     await asyncio.gather(*(origin.run(until=until) for origin, until in origins))
 
@@ -231,4 +254,4 @@ def largest_error(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor
     return max(float((found[name] - wanted[name]).norm() / wanted[name].norm()) for name in wanted)
 
 
-__all__ = ["NetworkError", "Peer", "World", "finish", "largest_error", "sums"]
+__all__ = ["NetworkError", "Peer", "Visitor", "World", "finish", "largest_error", "sums"]

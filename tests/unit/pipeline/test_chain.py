@@ -8,11 +8,12 @@ import random
 from collections import Counter
 
 import pytest
+import torch
 
 from swarm.errors import BadMessage, PeerRefused
+from swarm.pipeline import admission, onward, wire
 from swarm.pipeline import chain as chains
-from swarm.pipeline import onward, wire
-from swarm.pipeline.messages import Hop, Microbatch, Verdict
+from swarm.pipeline.messages import Bits, Hop, Microbatch, Verdict
 from tests.unit.averaging.simulation import play
 from tests.unit.pipeline.chains import Peer, World, finish, largest_error, sums
 from tests.unit.pipeline.toy import HIDDEN, VOCABULARY, in_one_process, microbatches
@@ -83,9 +84,9 @@ def forwards(world: World) -> Counter[int]:
     for peer in world.peers.values():
         real = peer.compute._run
 
-        def counting(key, values, *, start, end, real=real, **more):  # type: ignore[no-untyped-def]
-            counts.update(range(start, end))
-            return real(key, values, start=start, end=end, **more)
+        def counting(graph, *args, real=real, **more):  # type: ignore[no-untyped-def]
+            counts.update(graph.fragments.keys())
+            return real(graph, *args, **more)
 
         peer.compute._run = counting  # type: ignore[method-assign]
     return counts
@@ -105,6 +106,29 @@ def test_activations_cross_each_link_once_each_way() -> None:
         assert bytes_of_all == 6 * (6 * activation + 3 * tokens)
         carriers = {frozenset((one, other)) for one, other, _, size in world.messages if size}
         assert carriers == {frozenset((a.id, b.id)) for a, b in itertools.pairwise(peers)}, "neighbours only"
+
+    play(story())
+
+
+@pytest.mark.parametrize(("bits", "back_bits", "error"), [(8, 8, 0.02), (4, 8, 0.25), (32, 32, 1e-5)])
+def test_fewer_bits_forward_cost_little_and_carry_less(bits: Bits, back_bits: Bits, error: float) -> None:
+    texts = microbatches(30, seed=14, sequences=8)
+    wanted, losses = in_one_process(4, texts)
+
+    async def story() -> None:
+        world = World(4, seed=14, bits=bits, back_bits=back_bits)
+        peers = [Peer(world, f"peer{i}", i, i + 1) for i in range(4)]
+        await finish([peers[0].origin(texts)])
+        found = torch.cat([values.flatten() for _, values in sorted(sums(world).items())])
+        exact = torch.cat([values.flatten() for _, values in sorted(wanted.items())])
+        assert float((found - exact).norm() / exact.norm()) < error
+        assert sum(peers[0].losses) / 30 == pytest.approx(sum(losses) / 30, rel=error / 10)
+        shape = (*texts[0].shape, HIDDEN)
+        sent = {size for *_, method, size in world.messages if method == "microbatch"}
+        ids = wire.tokens_bytes((8, texts[0].shape[1]), vocabulary=VOCABULARY)
+        assert sent == {ids + wire.values_bytes(shape, bits)}
+        back = {size for *_, method, size in world.messages if method == "microbatch's answer"}
+        assert back == {wire.values_bytes(shape, back_bits)}
 
     play(story())
 
@@ -152,6 +176,23 @@ def test_a_frozen_peer_is_passed_over_in_seconds_and_told_to_forget_when_it_is_b
         assert clock() - began < onward.SILENT_S + 1.5
         await asyncio.sleep(40)
         assert frozen.compute.in_flight == 0 and not frozen.chain._entries
+        assert largest_error(sums(world), wanted) < 1e-5
+
+    play(story())
+
+
+def test_a_peer_that_was_given_up_and_answers_when_asked_again_is_not_told_to_forget() -> None:
+    texts = microbatches(4, seed=15)
+    wanted, _ = in_one_process(2, texts)
+
+    async def story() -> None:
+        world = World(2, seed=15)
+        origin, only = Peer(world, "a", 0, 1), Peer(world, "b", 1, 2)
+        asyncio.get_running_loop().call_later(0.09, only.freeze, onward.SILENT_S + 2)
+        made = origin.origin(texts)
+        await finish([made])
+        assert origin.chain.onward.reroutes > 0, "it was silent for too long"
+        assert made[0].lost_tokens == 0
         assert largest_error(sums(world), wanted) < 1e-5
 
     play(story())
@@ -260,8 +301,8 @@ def test_strangers_are_refused_before_anything_is_computed() -> None:
             with pytest.raises(BadMessage, match="a microbatch of"):
                 await peer.chain.serve(asked.model_copy(update=size), b"", asker="B" * 20)
         assert peer.compute.in_flight == 0 and not peer.chain._entries
-        peer.chain._max_in_flight = 0
-        with pytest.raises(PeerRefused, match=chains.BUSY):
+        peer.chain.max_in_flight = 0
+        with pytest.raises(PeerRefused, match=admission.BUSY):
             await peer.chain.serve(asked, b"", asker="B" * 20)
 
     play(story())

@@ -143,6 +143,40 @@ def test_the_mean_is_by_tokens() -> None:
     assert stage.tokens(2) == 0 and stage.tokens(1) == count
 
 
+def test_logits_are_of_the_last_positions_and_keep_nothing() -> None:
+    stage, parameters = held(0, 3)
+    tokens = microbatches(1, seed=11, sequences=3)[0]
+    with torch.no_grad():
+        wanted = Toy(NUM)(tokens, start=0, end=NUM)
+    for positions in (1, 2, tokens.shape[1]):
+        found = stage.logits(0, tokens, start=0, end=NUM, positions=positions)
+        assert torch.equal(found, wanted[:, -positions:])
+    assert stage.in_flight == 0 and all(p.grad is None for p in parameters.values())
+
+
+class Noisy(Toy):
+    """With dropout of what comes in."""
+
+    def forward(self, values: torch.Tensor, *, start: int, end: int) -> torch.Tensor:
+        entered = torch.nn.functional.dropout(values, 0.5, self.training) if start else values
+        return super().forward(entered, start=start, end=end)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_dropout_is_left_out_where_nothing_is_learnt(training: bool) -> None:
+    stage = Noisy(NUM)
+    stage.train(training)
+    compute = StageCompute(stage, fragments_of(NUM), dict(stage.model.named_parameters()))  # type: ignore[arg-type]
+    tokens = microbatches(1, seed=12)[0]
+    values = compute.forward(0, tokens, start=0, end=1, tokens=tokens.numel(), keep=False)
+    losses = [compute.loss(0, values, tokens, start=1, end=NUM, keep=False)[0] for _ in range(2)]
+    logits = [compute.logits(0, values, start=1, end=NUM, positions=1) for _ in range(2)]
+    assert losses[0] == losses[1] and torch.equal(logits[0], logits[1])
+    assert stage.training is stage.model.training is training, "and is back where something is"
+    trained = [compute.loss(key, values, tokens, start=1, end=NUM)[0] for key in (1, 2)]
+    assert (trained[0] != trained[1]) is training
+
+
 def test_the_stage_may_be_exchanged_while_microbatches_are_under_way() -> None:
     """What was begun before ends with the weights it began with, and counts; a fragment that is not served any more is
     refused, and its gradients wait to be taken."""

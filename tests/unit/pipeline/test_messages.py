@@ -24,9 +24,16 @@ def test_a_microbatch_is_named_by_origin_number_and_where_it_enters() -> None:
     assert microbatch.model_copy(update={"start": 2}).key == (A, 7, 2)
 
 
+def test_a_guest_may_ask_what_follows_one_token() -> None:
+    microbatch = parse(Microbatch, GOOD | {"length": 1, "train": False, "logits": 1})
+    assert microbatch.tokens == 2 and microbatch.logits == 1
+
+
 @pytest.mark.parametrize("change", [
     {"origin": "me"}, {"number": -1}, {"number": 1.5}, {"start": 256}, {"sequences": 0}, {"sequences": 4097},
     {"length": 1}, {"length": 2**20 + 1}, {"bits": 3}, {"bits": 5}, {"back_bits": 16},
+    {"logits": 1}, {"logits": -1}, {"logits": 1025, "train": False}, {"length": 1, "train": False},
+    {"length": 0, "logits": 1, "train": False}, {"logits": True, "train": False},
     {"bits": 64}, {"version": -1}, {"more": 1}, {"train": 1},
     {"known": [{"peer_id": B, "start": 0}]}, {"known": None},
 ])

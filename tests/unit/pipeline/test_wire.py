@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from swarm.config import AveragingConfig, DataConfig, ModelConfig, PipelineConfig, RunConfig
 from swarm.errors import BadMessage, PeerRefused
 from swarm.pipeline import wire
+from swarm.pipeline.messages import Microbatch
 
 
 @pytest.mark.parametrize("shape", [(1, 2, 3), (2, 7, 64), (4, 128, 96), (1, 1, 1)])
@@ -69,3 +71,69 @@ def test_token_ids_that_the_model_lacks_are_refused() -> None:
         wire.decode_tokens(negative, (1, 2), vocabulary=100_000)
     with pytest.raises(BadMessage, match="wrong size"):
         wire.decode_tokens(data, (2, 2), vocabulary=300)
+
+
+@pytest.mark.parametrize(("mode", "chosen", "found"), [
+    ("local", 8, (8, 8)), ("local", 4, (4, 8)), ("local", 32, (32, 32)), ("sync", 8, (32, 32)), ("sync", 32, (32, 32)),
+])
+def test_the_run_config_says_with_how_many_bits(mode: str, chosen: int, found: tuple[int, int]) -> None:
+    run = RunConfig(
+        name="test", model=ModelConfig(source="x"), data=DataConfig(stdlib=True),
+        averaging=AveragingConfig(mode=mode, bits=32), pipeline=PipelineConfig(activation_bits=chosen),
+    )
+    assert wire.bits_of(run) == found
+
+
+@pytest.mark.parametrize(("bits", "error"), [(8, 0.008), (4, 0.14), (32, 0.0)])
+def test_how_far_off_an_activation_is(bits: int, error: float) -> None:
+    """Of Gaussian values, by their norm: a quantum is the largest of 256 (about 2.8 deviations) over 127 or 7, and the
+    error a quantum over the root of 12. A few values a hundred times as large cost only the blocks that they are in."""
+    values = torch.randn(16, 64, 256, generator=torch.Generator().manual_seed(1))
+
+    def off(values: torch.Tensor) -> float:
+        found = wire.decode_values(wire.encode_values(values, bits), tuple(values.shape), bits)
+        return float((found - values).norm() / values.norm())
+
+    assert error * 0.7 <= off(values) <= error
+    spiked = values.clone()
+    spiked[:, 7, 100] *= 100
+    rest = torch.ones(64, dtype=torch.bool)
+    rest[7] = False
+    found = wire.decode_values(wire.encode_values(spiked, bits), tuple(values.shape), bits)
+    assert float((found - values)[:, rest].norm() / values[:, rest].norm()) <= error
+
+
+def question(**more: object) -> Microbatch:
+    values = {"origin": "A" * 20, "number": 0, "start": 1, "sequences": 2, "length": 6, "bits": 32, "back_bits": 8}
+    return Microbatch(**{**values, **more})  # type: ignore[arg-type]
+
+
+def test_a_request_is_read_as_it_was_sent() -> None:
+    tokens, values = torch.arange(12).view(2, 6), torch.randn(2, 6, 4)
+    body = wire.encode_tokens(tokens, vocabulary=50)
+    found, nothing = wire.read(question(start=0), body, vocabulary=50, hidden=4)
+    assert torch.equal(found, tokens) and nothing is None
+    found, hidden = wire.read(question(), body + wire.encode_values(values, 32), vocabulary=50, hidden=4)
+    assert hidden is not None and torch.equal(found, tokens) and torch.equal(hidden, values)
+
+
+@pytest.mark.parametrize(("start", "extra"), [(0, b"x"), (1, b""), (1, b"x" * 100), (0, b"x" * 192)])
+def test_a_request_with_too_much_or_too_little_in_it_is_refused(start: int, extra: bytes) -> None:
+    body = wire.encode_tokens(torch.arange(12).view(2, 6), vocabulary=50) + extra
+    with pytest.raises(BadMessage):
+        wire.read(question(start=start), body, vocabulary=50, hidden=4)
+
+
+def test_an_answer_has_the_size_of_what_was_asked_for() -> None:
+    def size(**more: object) -> int:
+        return wire.answer_bytes(question(**more), vocabulary=50, hidden=4)
+
+    assert size() == wire.values_bytes((2, 6, 4), 8) and size(start=0) == 0
+    assert size(train=False) == 0
+    asked = question(train=False, logits=3)
+    logits = torch.randn(2, 3, 50)
+    data = wire.encode_values(logits, 32)
+    assert len(data) == size(train=False, logits=3) == wire.logits_bytes(asked, vocabulary=50)
+    assert torch.equal(wire.decode_logits(data, asked, vocabulary=50), logits)
+    with pytest.raises(BadMessage):
+        wire.decode_logits(data[4:], asked, vocabulary=50)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from swarm.network.records import Head, Status
+from swarm.network.records import Head, Spare, Status
 from swarm.train.arrival import covers
-from swarm.train.handover import needs_us
+from swarm.train.handover import needs_us, spares_need_us
 
 
 def head(tokens: int | None) -> Head | None:
@@ -49,3 +49,33 @@ def test_a_whole_peer_stays_for_those_who_lack_or_finish_something(theirs: Statu
 ])
 def test_fragments_that_either_does_not_hold_keep_nobody(theirs: Status, needed: bool) -> None:
     assert needs_us(theirs, ours(10, None)) is needed
+
+
+def with_spare(tokens: int, *heads: int | None, leaving: bool = False) -> Status:
+    """Of fragment 0."""
+    spare = head(tokens)
+    assert spare is not None
+    return status(*heads, leaving=leaving).model_copy(update={"spares": [Spare(fragment=0, head=spare)]})
+
+
+@pytest.mark.parametrize(("others", "needed"), [
+    ([with_spare(9, None, 20)], True),
+    ([with_spare(10, None, 20)], False),
+    ([with_spare(9, None, 20), with_spare(10, None, 20)], False),
+    ([with_spare(9, None, 20), status(7, None)], False),
+    ([with_spare(9, None, 20), status(10, None, leaving=True)], True),
+    ([with_spare(9, None, 20, leaving=True)], False),
+    ([status(None, 20)], False),
+    ([], False),
+], ids=[
+    "an old copy", "the newest", "one of two", "another holder", "who leaves too", "a keeper that leaves", "no copy",
+    "nobody",
+])
+def test_the_last_holder_stays_until_somebody_has_the_newest_copy(others: list[Status], needed: bool) -> None:
+    assert spares_need_us(others, ours(10, None)) is needed
+
+
+def test_no_copy_is_waited_for_of_what_this_peer_does_not_hold() -> None:
+    assert not spares_need_us([with_spare(9, None, 20)], ours(None, 20)) and not spares_need_us(
+        [with_spare(9, None, 20)], []
+    )
