@@ -6,12 +6,13 @@
     scripts/bench.py traffic    bytes a token, against data parallelism in bf16, and the loss that it costs
     scripts/bench.py round      seconds of a round, against what the lines allow
     scripts/bench.py join       seconds until a newcomer's tokens count
+    scripts/bench.py memory     a model that fits on no peer: each one's peak of memory against its plan
     scripts/bench.py churn      speed and tokens that are kept while peers die, freeze and lose each other
-from benches import churn, join, loss, pipeline, placement, traffic, wan
+from benches import churn, join, loss, memory, pipeline, placement, traffic, wan
 from benches import round as rounds
 from entry import guarded, start
 
-BENCHES = {bench.NAME: bench for bench in (loss, wan, traffic, rounds, join, churn, placement, pipeline)}
+BENCHES = {bench.NAME: bench for bench in (loss, wan, traffic, rounds, join, churn, placement, pipeline, memory)}
 """
 
 from __future__ import annotations
@@ -28,11 +29,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from benches import churn, join, loss, pipeline, placement, traffic, wan
+from benches import churn, join, loss, memory, pipeline, placement, traffic, wan
 from benches import round as rounds
 from entry import guarded, start
 
-BENCHES = {bench.NAME: bench for bench in (loss, wan, traffic, rounds, join, churn, placement, pipeline)}
+BENCHES = {bench.NAME: bench for bench in (loss, wan, traffic, rounds, join, churn, placement, pipeline, memory)}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -43,6 +43,8 @@ _HELP: dict[str, dict[str, tuple[str, str]]] = {
         "device": ("DEVICE", "auto, cpu, cuda, cuda:N or mps"),
         "threads": ("N", "CPU threads for training; 0: torch decides"),
         "fragments": ("A:B", "which fragments of the model to hold: those from A to before B, counted from 0, or auto"),
+        "weights": ("KIND", "fp32, bf16 (3 bytes a weight, and half the gradients), or auto: fp32 where that fits"),
+        "optimizer_bits": ("BITS", "of AdamW's moments: 32, 8, or auto: 32 where that fits"),
         "max_memory": ("SIZE", "how much memory to take at most, such as 6GB (default: what is free)"),
         "spare_disk": (
             "SIZE", "disk for spare copies of what others hold, so that it outlives them; 0: none (default: a tenth of "
@@ -58,7 +60,10 @@ _HELP: dict[str, dict[str, tuple[str, str]]] = {
     },
 }
 _FIELDS = {f.name: f for f in dataclasses.fields(PeerConfig)}
-_CHOICES = {"role": ("trainer", "rendezvous"), "ui": ("auto", "plain", "live", "json")}
+_CHOICES = {
+    "role": ("trainer", "rendezvous"), "ui": ("auto", "plain", "live", "json"),
+    "weights": ("auto", "fp32", "bf16"), "optimizer_bits": ("auto", "32", "8"),
+}  # fmt: skip
 _READ: dict[str, Callable[[str], Any]] = {
     "join_timeout_s": float, "until_tokens": parse_count, "threads": parse_count, "max_memory": parse_bytes,
     "spare_disk": parse_bytes,

@@ -152,6 +152,10 @@ class PeerConfig:
     """CPU threads for training; 0: torch decides"""
     fragments: str = "auto"
     """which of the run's fragments to hold: auto, or A:B for those from A to before B"""
+    weights: str = "auto"
+    """auto | fp32 | bf16: what this peer computes with; global weights are fp32 everywhere"""
+    optimizer_bits: str = "auto"
+    """auto | 32 | 8: of AdamW's two moments, which no other peer sees"""
     max_memory: int | None = None
     """bytes this peer may take, of main memory and of the GPU's each; default: what is free"""
     spare_disk: int | None = None

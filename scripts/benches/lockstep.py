@@ -11,6 +11,7 @@ from swarm.averaging import outer, plan
 from swarm.averaging.global_state import GlobalState
 from swarm.averaging.layout import Layout
 from swarm.averaging.ledger import Ledger
+from swarm.averaging.packed import Packed
 from swarm.averaging.reduction import reduce_part
 from swarm.config import RunConfig
 from swarm.network import codec
@@ -47,7 +48,7 @@ def average(run: RunConfig, index: int, holders: Sequence[Holder]) -> tuple[str,
             sent += len(data)
             decoded[part][name] = codec.decode(data, end - start, layout.fine_in(start, end), bits)
             said.append(decoded[part][name])
-        contribution.lost = contribution.offered - torch.cat(said)
+        contribution.lost = Packed.of(contribution.offered - torch.cat(said))
     results = [
         _reduce(index, layout, (start, end), holders[owner], decoded[part], counts, bits)
         for part, (start, end, owner) in enumerate(parts)

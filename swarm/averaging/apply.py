@@ -50,7 +50,8 @@ class Applier:
         self.expects: Callable[[str], bool] = lambda opening_id: False
         """do the owners of that opening push their results to this peer, and does it take them?"""
         self._context = context
-        self._decay = layout.decay_mask()
+        # outer steps of `local` runs do not decay, and the mask is as large as the weights
+        self._decay = layout.decay_mask() if context.run.averaging.mode == "sync" else torch.zeros(0)
         self._prepared: dict[int, tuple[str, asyncio.Task[torch.Tensor]]] = {}
         """part -> (hash of its newest result, its values)"""
         self._lock = asyncio.Lock()
@@ -82,16 +83,18 @@ class Applier:
                 state = previous
             elif version != state.version + 1 or base != state.digest:
                 return False
-            average = await self._gather(commit, source)
-            new_state = await asyncio.to_thread(self._step, state, commit, average)
             included = commit.includes(self._context.keypair.peer_id)
+            async with self._context.applying:
+                average = await self._gather(commit, source)
+                new_state = await asyncio.to_thread(self._step, state, commit, average)
+                del average
 
-            def move() -> None:
-                if replaces:
-                    self.ledger.take_back()
-                self.ledger.apply(new_state, commit.opening.id, included=included)
+                def move() -> None:
+                    if replaces:
+                        self.ledger.take_back()
+                    self.ledger.apply(new_state, commit.opening.id, included=included)
 
-            await self._context.at_boundary(move)
+                await self._context.at_boundary(move)
             self.history.add(commit, new_state.digest)
         for listener in self.on_applied:
             listener(commit)

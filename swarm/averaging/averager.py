@@ -57,6 +57,9 @@ class Averager:
         for index in sorted(layouts):
             self._hold(HeldFragment(context, index, layouts[index], states[index], parameters))
         self._answers.register()
+        context.in_rounds = lambda: [
+            f.index for f in list(self._fragments.values()) if f.opening or f.rounds.member.in_round()
+        ]
 
     def keep_spares(self, store: Store, layouts: Mapping[int, Layout]) -> None:
         """Keep copies of fragments that this peer does not hold, before anything else. `layouts`: of all of the run."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Collection, Coroutine
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 from swarm.averaging.results import Results
 from swarm.config import RunConfig
 from swarm.events import Event
+from swarm.host.keep import AMPLE, Keep
 from swarm.network.directory import Directory
 from swarm.network.endpoint import Endpoint
 from swarm.network.keys import Keypair
@@ -34,9 +35,24 @@ class Context:
     directory: Directory
     at_boundary: AtBoundary
     emit: Callable[[Event], None]
-    results: Results = field(default_factory=Results)
+    keep: Keep = AMPLE
+    results: Results = field(init=False)
     tasks: set[asyncio.Task[Any]] = field(default_factory=set)
+    before_write: Callable[[int], None] = lambda fragment: None
+    """the working weights of that fragment are about to change"""
+    in_rounds: Callable[[], Collection[int]] = tuple
+    """fragments of which this peer is in a round now"""
+    applying: asyncio.Semaphore = field(init=False)
+    """commits of different fragments that are applied at a time: each takes memory for a while"""
     _bytes_before: tuple[int, int] = (0, 0)
+
+    def __post_init__(self) -> None:
+        self.results = Results(self.keep.results_bytes)
+        self.applying = asyncio.Semaphore(self.keep.rounds)
+
+    def has_room_for(self, fragment: int) -> bool:
+        """For a round of this fragment, beside those that there are."""
+        return len(set(self.in_rounds()) - {fragment}) < self.keep.rounds
 
     def spawn(self, coroutine: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         """Start work that nobody waits for; it ends with the peer."""

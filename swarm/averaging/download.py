@@ -35,8 +35,10 @@ log = logging.getLogger(__name__)
 class Donor:
     """Serves a fragment's newest states, and older ones that somebody is in the middle of downloading."""
 
-    def __init__(self, states: Callable[[], Iterable[GlobalState]], clock: Callable[[], float]) -> None:
-        self._states, self._clock = states, clock
+    def __init__(
+        self, states: Callable[[], Iterable[GlobalState]], clock: Callable[[], float], *, max_leases: int = MAX_LEASES
+    ) -> None:
+        self._states, self._clock, self._max_leases = states, clock, max_leases
         self._leases: dict[str, tuple[GlobalState, float]] = {}
 
     def find(self, digest: object) -> GlobalState:
@@ -44,7 +46,7 @@ class Donor:
         self._leases = {key: lease for key, lease in self._leases.items() if lease[1] > now}
         for state in [*self._states(), *(lease[0] for lease in self._leases.values())]:
             if state.digest == digest:
-                if digest in self._leases or len(self._leases) < MAX_LEASES:
+                if digest in self._leases or len(self._leases) < self._max_leases:
                     self._leases[state.digest] = (state, now + LEASE_S)
                 return state
         raise PeerRefused("this peer does not have that version any more")

@@ -25,13 +25,16 @@ class HeldFragment:
         parameters: Mapping[str, torch.nn.Parameter],
     ) -> None:
         sync = context.run.averaging.mode == "sync"
-        self.work = Gradients(layout, parameters) if sync else Drift(layout, parameters)
+        kind = Gradients if sync else Drift
+        self.work = kind(layout, parameters, lambda: context.before_write(index))
         self.index = index
-        self.ledger = Ledger(state, self.work)
+        self.ledger = Ledger(state, self.work, context.keep)
         self.applier = Applier(context, fragment=index, layout=layout, ledger=self.ledger)
         self.rounds = FragmentRounds(context, self.applier)
         self.progress = Progress()
-        self.donor = Donor(self.served_states, asyncio.get_running_loop().time)
+        self.donor = Donor(
+            self.served_states, asyncio.get_running_loop().time, max_leases=context.keep.leases
+        )
         self.opened_at = asyncio.get_running_loop().time()
         self.due_since: float | None = None
         self.recent_s: list[float] = []

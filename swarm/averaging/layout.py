@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from swarm.model import working
 from swarm.model.fragments import FragmentSpec
 from swarm.network.codec import BLOCK
 
@@ -51,7 +52,7 @@ class Layout:
         """Copy named tensors into a new flat fp32 CPU vector [numel]; padding is zero."""
         flat = torch.zeros(self.numel, dtype=torch.float32)
         for slot in self.slots:
-            flat[slot.start:slot.start + slot.numel] = tensors[slot.name].detach().reshape(-1).to("cpu", torch.float32)
+            working.read_all(tensors[slot.name], flat[slot.start:slot.start + slot.numel])
         return flat
 
     def decay_mask(self) -> torch.Tensor:

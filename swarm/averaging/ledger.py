@@ -22,17 +22,22 @@ import torch
 
 from swarm.averaging.global_state import GlobalState
 from swarm.averaging.layout import Layout
+from swarm.averaging.packed import Packed
+from swarm.host.keep import AMPLE, Keep
+from swarm.model import working
 
-KEPT_ABSORBED = 256
-KEPT_ABSORBED_BYTES = 32 * 1024 * 1024
-"""own contributions that can be taken back into the drift after a parted swarm has come together again"""
+BeforeWrite = Callable[[], None]
+"""called before working weights are written to"""
 
 
 class Drift:
     """What a `local` run learns: the distance between working and global weights."""
 
-    def __init__(self, layout: Layout, parameters: Mapping[str, torch.nn.Parameter]) -> None:
-        self._layout, self._parameters = layout, parameters
+    def __init__(
+        self, layout: Layout, parameters: Mapping[str, torch.nn.Parameter],
+        before_write: BeforeWrite = lambda: None,
+    ) -> None:
+        self._layout, self._parameters, self._before_write = layout, parameters, before_write
 
     def learnt(self, global_weights: torch.Tensor) -> torch.Tensor:
         """The pseudo-gradient G - w, fp32 [numel] on the CPU."""
@@ -50,17 +55,20 @@ class Drift:
         self._add((name, -view) for name, view in self._layout.views(values))
 
     def _add(self, changes: Iterable[tuple[str, torch.Tensor]]) -> None:
-        with torch.no_grad():
+        self._before_write()
+        with torch.no_grad():  # rounding of bfloat16 weights is drift, and so comes into the next round
             for name, values in changes:
-                parameter = self._parameters[name]
-                parameter.add_(values.to(parameter.device, parameter.dtype))
+                working.add(self._parameters[name], values)
 
 
 class Gradients:
     """What a `sync` run learns: the sum of gradients, each times its tokens, since the last commit."""
 
-    def __init__(self, layout: Layout, parameters: Mapping[str, torch.nn.Parameter]) -> None:
-        self._layout, self._parameters = layout, parameters
+    def __init__(
+        self, layout: Layout, parameters: Mapping[str, torch.nn.Parameter],
+        before_write: BeforeWrite = lambda: None,
+    ) -> None:
+        self._layout, self._parameters, self._before_write = layout, parameters, before_write
         self._sum = torch.zeros(layout.numel)
         self._tokens = 0
 
@@ -73,6 +81,7 @@ class Gradients:
         return self._sum / max(1, self._tokens)
 
     def move(self, old: torch.Tensor, new: torch.Tensor) -> None:
+        self._before_write()
         with torch.no_grad():
             for name, values in self._layout.views(new):
                 self._parameters[name].copy_(values)
@@ -110,8 +119,8 @@ class Contribution:
     values: torch.Tensor = field(repr=False)
     """d, fp32 [numel]"""
     offered: torch.Tensor = field(repr=False)
-    """d + feedback, fp32 [numel]: what is encoded"""
-    lost: torch.Tensor | None = field(default=None, repr=False)
+    """d + feedback, fp32 [numel]: what is encoded; empty from then on"""
+    lost: Packed | None = field(default=None, repr=False)
     """offered minus what the encoded bytes say; the next feedback, once this is in a commit"""
     recall: Callable[[], torch.Tensor] | None = field(default=None, repr=False)
     """decodes again what was sent, fp32 [numel]; the bytes are an eighth of the values"""
@@ -135,19 +144,23 @@ class _Applied:
     opening_id: str
     before: GlobalState
     contribution: Contribution | None
-    feedback_before: torch.Tensor = field(repr=False)
+    feedback_before: Packed | None = field(repr=False)
 
 
 class Ledger:
-    def __init__(self, state: GlobalState, work: Drift | Gradients | Untrained) -> None:
+    def __init__(
+        self, state: GlobalState, work: Drift | Gradients | Untrained, keep: Keep = AMPLE
+    ) -> None:
         self.state = state
         self.pending_tokens = 0
         """trained here and in no commit yet"""
         self._work = work
-        self._feedback = torch.zeros_like(state.weights)
+        self._keep = keep
+        self._feedback: Packed | None = None
+        """None: nothing is lost"""
         self._contributions: dict[str, Contribution] = {}
         self._applied: _Applied | None = None
-        kept = min(KEPT_ABSORBED, max(16, KEPT_ABSORBED_BYTES // state.weights.numel()))
+        kept = keep.own(state.weights.numel())
         self._absorbed: deque[_Sent] = deque(maxlen=kept)
         """in commits of our history"""
         self._passed_over: deque[_Sent] = deque(maxlen=kept)
@@ -164,7 +177,8 @@ class Ledger:
         """Take a copy of what is pending. Nothing changes until a commit says that it was absorbed. Tokens over
         `max_tokens`, the most that one contribution may claim, are claimed in the next."""
         values = self._work.learnt(self.state.weights)
-        contribution = Contribution(version, min(self.pending_tokens, max_tokens), values, values + self._feedback)
+        offered = values.clone() if self._feedback is None else self._feedback.read().add_(values)
+        contribution = Contribution(version, min(self.pending_tokens, max_tokens), values, offered)
         self._contributions[opening_id] = contribution
         return contribution
 
@@ -184,11 +198,12 @@ class Ledger:
                 self._feedback = contribution.lost
             if contribution.recall is not None:
                 self._absorbed.append(_Sent(opening_id, contribution.version, contribution.tokens, contribution.recall))
-        self.state, self._applied = state, applied
+        self.state, self._applied = state, applied if self._keep.previous else None
         # openings of this version may still win over the applied commit, older ones only with a history of their own
+        oldest = state.version if self._keep.previous else state.version + 1
         absorbed = {sent.opening_id for sent in self._absorbed}
         for key, other in list(self._contributions.items()):
-            if other.version < state.version:
+            if other.version < oldest:
                 del self._contributions[key]
                 if other.recall is not None and key not in absorbed:
                     self._passed_over.append(_Sent(key, other.version, other.tokens, other.recall))

@@ -19,6 +19,7 @@ from swarm.averaging.apply import Applier
 from swarm.averaging.context import Context
 from swarm.averaging.layout import Layout
 from swarm.averaging.messages import Commit, Contributor, Opening, PartResult
+from swarm.averaging.packed import Packed
 from swarm.averaging.part import Contributors, PartOwner, contributors_of
 from swarm.errors import BadMessage, NetworkError, PeerGone
 from swarm.network import codec, records
@@ -62,6 +63,8 @@ class Member:
         if opening.version != state.version + 1 or opening.base != state.digest:
             return f"this peer is at version {state.version}"
         current = self._current.opening.opener if self._current is not None and self.in_round() else opening.opener
+        if opening.opener != self._me and not self._context.has_room_for(self._fragment):
+            return f"{BUSY} with the round of another fragment: no memory for both"
         order = plan.rank([current, opening.opener], fragment=self._fragment, version=opening.version)
         return None if order[0] == opening.opener else f"{BUSY} with the round of {current[-6:]}"
 
@@ -99,30 +102,31 @@ class Member:
             lambda: ledger.contribute(opening.id, opening.version, max_tokens=self._applier.max_claim)
         )
         encoded: dict[int, bytes] = {}
-        lost = torch.empty_like(contribution.offered)
+        offered, contribution.offered = contribution.offered, torch.zeros(0)
         for wave in plan.waves([part.owner for part in opening.parts]):
             size = sum(opening.parts[index].end - opening.parts[index].start for index in wave) * BLOCK
             done = await self._context.compute(
-                partial(self._encode, opening, wave, contribution.offered, lost), num_values=size
+                partial(self._encode, opening, wave, offered), num_values=size
             )
             encoded.update(done)
             if self._current is current:  # another round may have come first
                 self._push_all(current, contribution.tokens, done)
-        contribution.lost = lost
+        if self._bits < 32:
+            contribution.lost = await self._context.compute(
+                lambda: Packed.of(offered), num_values=self._layout.numel
+            )
         contribution.recall = lambda: self._decode(opening, encoded)
         return {"tokens": contribution.tokens}
 
-    def _encode(
-        self, opening: Opening, wave: list[int], offered: torch.Tensor, lost: torch.Tensor
-    ) -> dict[int, bytes]:
-        """Encode these parts; what their bytes do not say of `offered` goes to `lost`, both fp32 [numel]."""
+    def _encode(self, opening: Opening, wave: list[int], offered: torch.Tensor) -> dict[int, bytes]:
+        """Encode these parts of `offered`, fp32 [numel]; what their bytes do not say is what is left there."""
         encoded = {}
         for index in wave:
             part = opening.parts[index]
             span = slice(part.start * BLOCK, part.end * BLOCK)
             fine = self._layout.fine_in(part.start, part.end)
             encoded[index], said = codec.encode_and_read(offered[span], fine, self._bits)
-            torch.sub(offered[span], said, out=lost[span])
+            offered[span].sub_(said)
         return encoded
 
     def _decode(self, opening: Opening, encoded: dict[int, bytes]) -> torch.Tensor:

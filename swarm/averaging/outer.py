@@ -1,6 +1,6 @@
 """The outer step: one update of the global weights from the averaged pseudo-gradient.
 
-`local` runs: Nesterov SGD as in DiLoCo (https://arxiv.org/abs/2311.08105); one buffer, the momentum.
+`local` runs: Nesterov SGD as in DiLoCo (https://arxiv.org/abs/2311.08105); one buffer, the momentum, if there is any.
 `sync` runs: what is averaged is the gradient itself, and the step is AdamW (https://arxiv.org/abs/1711.05101); two
 buffers. Written in separately rounded elementary operations, each rounded as IEEE 754 says (add, multiply, divide,
 square root; never addcmul, lerp or `alpha=`, whose kernels may fuse), so every machine gets the same bits (I1).
@@ -33,8 +33,10 @@ class OuterStep:
 
 
 def num_buffers(run: RunConfig) -> int:
-    """Flat vectors of optimizer state beside the weights."""
-    return 2 if run.averaging.mode == "sync" else 1
+    """Flat vectors of optimizer state beside the weights. A run without outer momentum keeps none."""
+    if run.averaging.mode == "sync":
+        return 2
+    return 1 if run.averaging.outer_momentum > 0 else 0
 
 
 def learning_rate(run: RunConfig, swarm_tokens: int) -> float:
@@ -55,7 +57,10 @@ def apply(
     if step.run.averaging.mode == "sync":
         return _adamw(step, weights, buffers, average, decay)
     if step.last:
-        return weights - average, [torch.zeros_like(buffers[0])]
+        return weights - average, [torch.zeros_like(buffer) for buffer in buffers]
+    if not buffers:
+        change = torch.mul(average, step.run.averaging.outer_learning_rate)
+        return torch.sub(weights, change, out=change), []
     momentum = torch.mul(buffers[0], step.run.averaging.outer_momentum)
     momentum.add_(average)
     change = torch.mul(momentum, step.run.averaging.outer_momentum)

@@ -18,6 +18,7 @@ import torch
 from swarm.averaging.apply import Applier
 from swarm.averaging.context import Context
 from swarm.averaging.messages import Commit, Contributor, Opening, Part, PartResult, result_message
+from swarm.averaging.packed import Packed
 from swarm.averaging.reduction import reduce_part
 from swarm.errors import BadMessage, NetworkError, PeerRefused
 from swarm.network import codec, records
@@ -42,7 +43,7 @@ class _Gathered:
     opening: Opening
     received: dict[int, dict[int, tuple[int, torch.Tensor]]] = field(default_factory=dict)
     """part -> member -> (tokens, decoded values); no tokens: it has nothing to contribute"""
-    results: dict[tuple[int, Contributors], tuple[PartResult, torch.Tensor]] = field(default_factory=dict)
+    results: dict[tuple[int, Contributors], tuple[PartResult, Packed | None]] = field(default_factory=dict)
     """(part, whose contributions) -> (result, the feedback that it leaves)"""
     reducing: asyncio.Lock = field(default_factory=asyncio.Lock)
 
@@ -62,7 +63,7 @@ class PartOwner:
         self._is_current, self._on_result, self._send = is_current, on_result, send
         self._gathered: dict[str, _Gathered] = {}
         self._changed = asyncio.Condition()
-        self._feedback: dict[tuple[int, int], torch.Tensor] = {}
+        self._feedback: dict[tuple[int, int], Packed | None] = {}
 
     async def expect(self, opening: Opening) -> None:
         """This peer takes part in `opening`; only from now on does it take contributions to it."""
@@ -150,13 +151,17 @@ class PartOwner:
             opening = gathered.opening
             _, part = self._my_part(opening, index)
             span, num_values = (part.start, part.end), (part.end - part.start) * BLOCK
-            feedback = self._feedback.get(span, torch.zeros(num_values))
+            before = self._feedback.get(span)
             values = {opening.members[member]: gathered.received[index][member][1] for member, _ in contributors}
             tokens = {opening.members[member]: count for member, count in contributors}
-            data, left = await self._context.compute(
-                lambda: reduce_part(values, tokens, feedback, num_fine=self._layout.fine_in(*span), bits=self._bits),
-                num_values=num_values * len(values),
-            )
+
+            def compute() -> tuple[bytes, Packed | None]:
+                feedback = torch.zeros(num_values) if before is None else before.read()
+                fine = self._layout.fine_in(*span)
+                data, left = reduce_part(values, tokens, feedback, num_fine=fine, bits=self._bits)
+                return data, Packed.of(left) if self._bits < 32 else None
+
+            data, left = await self._context.compute(compute, num_values=num_values * len(values))
             result_hash = self._context.results.put(data)
             named = [Contributor(member=member, tokens=count) for member, count in contributors]
             message = result_message(opening.id, index, named, result_hash)

@@ -155,7 +155,7 @@ class Spares:
         state = await self.copies.read(index)
         if state is None:
             return None
-        ledger = Ledger(state, Untrained())
+        ledger = Ledger(state, Untrained(), self._quiet.keep)
         applier = Applier(self._quiet, fragment=index, layout=self._layouts[index], ledger=ledger)
         applier.history = self.copies.history(index).copy()
         for source in self._ranked(index, ahead)[:SOURCES]:

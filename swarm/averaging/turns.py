@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
 import statistics
 from collections.abc import Callable, Mapping
 
@@ -117,6 +118,7 @@ class Turns:
 
     def _maybe_open(self, fragment: HeldFragment, everybody: Mapping[str, Status], now: float) -> None:
         busy = fragment.opening or fragment.downloading or fragment.rounds.member.in_round()
+        busy = busy or not self._context.has_room_for(fragment.index)
         if busy or not fragment.ready or self._context.directory.unsure():
             return
         holders, others = self.holders(fragment, everybody)
@@ -180,7 +182,9 @@ class Turns:
             fragment.opening = False
             now = asyncio.get_running_loop().time()
             if commit is None:
-                fragment.retry_at = now + (TICK_S if self._sync_mode else RETRY_S)
+                # not all at the same pace: two with room for one round only would refuse each other's for ever
+                spread_s = RETRY_S * random.random() * 4 if self._context.keep.rounds < len(self._fragments) else 0.0
+                fragment.retry_at = now + (TICK_S if self._sync_mode else RETRY_S) + spread_s
             else:
                 fragment.recent_s = [*fragment.recent_s[-15:], now - began]
         elsewhere, fragment.rounds.opener.elsewhere = fragment.rounds.opener.elsewhere, []

@@ -1,29 +1,40 @@
 """What a stage needs in memory, row by row, and how much of a model fits into what there is.
 
-Counts what training and averaging keep: weights, gradients, the inner optimizer's state, global weights with outer
-momentum, error feedback, and the activations of the microbatches in flight (after Korthikanti et al. 2022, "Reducing
-Activation Recomputation", with the constants measured on transformers' own models). Pure: free memory comes in as a
-number, so that placement can ask about any peer. `swarm/host/device.py` has the shorter plan of a whole model.
+Counts what training and averaging keep and what they take for a while: weights, gradients, the inner optimizer's state,
+global weights with outer momentum, error feedback, what is kept of the past (keep.py), a round under way, and the
+activations of the microbatches in flight (after Korthikanti et al. 2022, "Reducing Activation Recomputation", with the
+constants measured on transformers' own models). Joining takes less than training: there are no gradients and moments
+yet. Pure: free memory comes in as a number, so that placement can ask about any peer. `swarm/host/device.py` has the
+shorter plan of a whole model.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from swarm.errors import ConfigError
+from swarm.host.keep import AMPLE, MAX_OWN, Keep
 from swarm.units import format_bytes, format_count
 
-PROGRAM_BYTES = 400_000_000
-"""Python, torch, transformers, hivemind and the tokenizer, before there is a model: 250 MB after the imports"""
+PROGRAM_BYTES = 750_000_000
+"""Python, torch, transformers, datasets, hivemind: 490 MB after the imports; 750 MB with the text"""
+EIGHT_BIT_BYTES = 70_000_000
+"""bitsandbytes, where it is used"""
 VALUES_PER_HIDDEN = 50
-"""fp32 values that a block keeps for its backward, a token and hidden unit: gpt_neox 18, opt 22, gptj 26, gpt2 28,
-llama 33, qwen3 49 (it normalises its heads) without dropout"""
+"""values that a block keeps for its backward, a token and hidden unit: gpt_neox 18, opt 22, gptj 26, gpt2 28,
+llama 33, qwen3 49 (it normalises its heads) without dropout; in bfloat16 some of them stay fp32, within the same
+bound"""
 VALUES_PER_SCORE = 3
-"""and a token, head and token looked at, where attention is written out: gptj 1, with dropout 3; 0 for fused ones"""
+"""fp32 values, and a token, head and token looked at, where attention is written out: gptj 1, with dropout 3; 0 for
+fused ones"""
 VALUES_PER_LOGIT = 3
 """logits, their logarithms of probabilities, and their gradient"""
-FP32 = 4
+ROUND_BYTES = 26
+"""a value of the fragment whose round is under way, momentum apart: the contribution and what was offered, those of
+others to the parts owned here, their sum, the average, the next weights; at most 24 at once"""
+FP32, BF16, REST = 4, 2, 1
 
 
 @dataclass(frozen=True)
@@ -34,32 +45,54 @@ class PartSize:
     num_blocks: int
     logits: int = 0
     """a token: the vocabulary's size where the part holds the head, else 0"""
+    num_fragments: int = 1
+    largest: int = 0
+    """parameters of the largest fragment; 0: there is one"""
+
+    @property
+    def largest_fragment(self) -> int:
+        return self.largest or self.num_parameters
 
     def __add__(self, other: PartSize) -> PartSize:
         return PartSize(
             self.num_parameters + other.num_parameters, self.num_blocks + other.num_blocks,
-            self.logits + other.logits,
+            self.logits + other.logits, self.num_fragments + other.num_fragments,
+            max(self.largest_fragment, other.largest_fragment),
         )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Work:
-    """What a stage computes at a time, and how it is averaged."""
+    """What a stage computes at a time, in which precision, and how it is averaged."""
 
     hidden_size: int
     num_heads: int
     sequence_length: int
     microbatch_sequences: int = 1
     microbatches_in_flight: int = 1
-    """whose backward is still to come"""
+    """of others and its own down the chain, whose backward or verdict is still to come; 0: a whole model that does
+    nothing for others"""
+    pieces: int = 4
+    """microbatches in an inner step"""
+    batch_sequences: int = 0
+    """in one forward of a peer with the whole model; 0: it holds a part"""
     bits: int = 4
     """of the averaging; below 32 there is error feedback"""
+    buffers: int = 1
+    """vectors of outer optimizer state"""
+    sync: bool = False
+    """gradients are averaged, and there is no inner optimizer"""
     optimizer_bits: int = 32
     """of AdamW's two moments: 32, or 8 with bitsandbytes"""
+    halved: bool = False
+    """weights in bfloat16 with 8 further bits, gradients and activations in bfloat16"""
+    keep: Keep = AMPLE
     on_gpu: bool = False
-    chained: bool = False
-    """a part of the model: microbatches' gradients wait for a verdict each, and graphs keep the weights that they were
-    built on while newer ones are trained"""
+
+    @property
+    def value_bytes(self) -> int:
+        """of a gradient or an activation"""
+        return BF16 if self.halved else FP32
 
 
 @dataclass(frozen=True)
@@ -67,6 +100,8 @@ class Row:
     what: str
     num_bytes: int
     on_gpu: bool
+    shared: bool = False
+    """there once, however many fragments are held"""
 
 
 @dataclass(frozen=True)
@@ -106,45 +141,80 @@ class StagePlan:
 def plan_stage(size: PartSize, work: Work, *, main_limit_bytes: int, gpu_limit_bytes: int = 0) -> StagePlan:
     """What a stage of this size needs for this work, against what this peer may take of each memory.
 
-    Without a GPU everything is in main memory. Averaging is there always (I1: fp32 on the CPU).
+    Without a GPU everything is in main memory. Averaging is there always (I1: fp32 on the CPU). Rows of nothing are
+    left out.
     """
-    n, gpu = size.num_parameters, work.on_gpu
-    # bitsandbytes keeps a byte a moment and an fp32 scale for every 256 values of each
-    moments = n * 2 * FP32 if work.optimizer_bits == 32 else 2 * n + 2 * FP32 * -(-n // 256)
-    rows = [
-        Row("program", PROGRAM_BYTES, False),
-        Row(f"weights ({format_count(n)} parameters)", n * FP32, gpu),
-        Row("gradients", n * FP32, gpu),
-        Row("AdamW" if work.optimizer_bits == 32 else "AdamW, 8-bit", moments, gpu),
-        Row(f"activations of {work.microbatches_in_flight} x {work.microbatch_sequences} x {work.sequence_length} "
-            "tokens", activation_bytes(size, work), gpu),
-        Row("global weights and momentum", 2 * n * FP32, False),
+    rows = [*_training(size, work), *_averaging(size, work)]
+    return StagePlan(tuple(row for row in rows if row.num_bytes), main_limit_bytes, gpu_limit_bytes)
+
+
+def _training(size: PartSize, work: Work) -> list[Row]:
+    n, gpu, k, value = size.num_parameters, work.on_gpu, work.microbatches_in_flight, work.value_bytes
+    eight = work.optimizer_bits == 8 and not work.sync
+    # a byte a moment, and an fp32 scale for every 256 values of each
+    moments = 2 * n + 2 * FP32 * -(-n // 256) if eight else 0 if work.sync else 2 * n * FP32
+    # a single microbatch's gradient is its own sum
+    sums = n * FP32 if k and work.pieces > 1 else 0
+    # graphs keep the weights that they were built on: the steps taken while microbatches are in flight, or, with one
+    # in flight, the rounds of a fragment or two
+    old = 2 * size.largest_fragment if k == 1 else n * -(-k // work.pieces)
+    many = f"{k} x {work.microbatch_sequences} x {work.sequence_length} tokens"
+    return [
+        Row("program", PROGRAM_BYTES + (EIGHT_BIT_BYTES if eight else 0), False, shared=True),
+        Row(f"weights ({format_count(n)} parameters" + (", bfloat16 and 8 further bits)" if work.halved else ")"),
+            n * (BF16 + REST if work.halved else FP32), gpu),
+        Row("gradients", n * value if work.batch_sequences else 0, gpu),
+        Row("AdamW, 8-bit" if eight else "AdamW", moments, gpu),
+        Row("activations" + (f" of {many}" if not work.batch_sequences else ""), activation_bytes(size, work), gpu),
+        Row(f"gradients of {k} that wait for a verdict", k * n * value, gpu),
+        Row("sums of gradients", sums, gpu),
+        Row("weights of graphs under way", old * value, gpu),
     ]  # fmt: skip
-    if work.chained:
-        rows.append(Row("gradients that wait for a verdict", work.microbatches_in_flight * n * FP32, gpu))
-        rows.append(Row("weights of graphs under way", n * FP32, gpu))
-    if work.bits < 32:
-        rows.append(Row("error feedback", n * FP32, False))
-    return StagePlan(tuple(rows), main_limit_bytes, gpu_limit_bytes)
+
+
+def _averaging(size: PartSize, work: Work) -> list[Row]:
+    n, keep = size.num_parameters, work.keep
+    state = (1 + work.buffers) * FP32
+    kept = n * state * (keep.previous + keep.leases)
+    if keep.previous:
+        kept += n * (FP32 + (2 if work.bits < 32 else 0))  # the contribution to it, and the feedback before
+    own = min(MAX_OWN * n, max(keep.own_values * size.num_fragments, keep.own_least * n))
+    rounds = size.num_fragments if work.sync else min(keep.rounds, size.num_fragments)
+    largest = size.largest_fragment
+    return [
+        Row("global weights and momentum" if work.buffers else "global weights", n * state, False),
+        Row("older versions", kept, False),
+        # what a contribution has lost, and what a result of the parts owned here has
+        Row("error feedback", 2 * n if work.bits < 32 else 0, False),
+        Row("gradients until a round", 2 * n * FP32 if work.sync else 0, False),
+        # those in our history, and those that may be in another one
+        Row("own contributions", math.ceil(2 * own * work.bits / 8), False),
+        Row("results of rounds", keep.results_bytes, False, shared=True),
+        Row(f"{rounds} {'round' if rounds == 1 else 'rounds'} under way",
+            rounds * largest * (ROUND_BYTES + FP32 * work.buffers), False, shared=True),
+        Row("a checkpoint being written", 2 * largest * state, False, shared=True),
+    ]  # fmt: skip
 
 
 def activation_bytes(size: PartSize, work: Work) -> int:
-    """Kept between forward and backward by all microbatches in flight, and the logits of the one that is worked on."""
-    tokens = work.microbatch_sequences * work.sequence_length
+    """Kept between forward and backward by all microbatches in flight (and by its own batch, for a whole model), and
+    the logits of the one that is worked on."""
+    k, sequences = work.microbatches_in_flight, work.microbatch_sequences
+    at_once = max(sequences if k else 0, work.batch_sequences) * work.sequence_length
+    kept = (k * sequences + work.batch_sequences) * work.sequence_length
     scores = VALUES_PER_SCORE * work.num_heads * work.sequence_length
-    a_block = tokens * (VALUES_PER_HIDDEN * work.hidden_size + scores)
+    a_block = VALUES_PER_HIDDEN * work.hidden_size * work.value_bytes + scores * FP32
     # the last stage turns round at once: its backward follows its forward, so there is one set of logits
-    logits = tokens * VALUES_PER_LOGIT * size.logits
-    return FP32 * (work.microbatches_in_flight * size.num_blocks * a_block + logits)
+    return kept * size.num_blocks * a_block + FP32 * at_once * VALUES_PER_LOGIT * size.logits
 
 
 def fragments_that_fit(
     fragments: Sequence[PartSize], work: Work, *, start: int = 0, main_limit_bytes: int, gpu_limit_bytes: int = 0
 ) -> int:
     """How many consecutive fragments, from `start` on, fit together; 0 where not even that one does."""
-    count, size = 0, PartSize(0, 0)
+    count, size = 0, None
     for fragment in fragments[start:]:
-        size += fragment
+        size = fragment if size is None else size + fragment
         plan = plan_stage(size, work, main_limit_bytes=main_limit_bytes, gpu_limit_bytes=gpu_limit_bytes)
         if not plan.fits:
             break

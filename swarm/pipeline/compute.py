@@ -2,8 +2,8 @@
 
 A microbatch's backward uses the weights of its forward, whatever inner steps and rounds come between: graphs are built
 on aliases of the working weights, and who is about to write calls `before_write`, which gives the working weights new
-memory where a graph still needs the old one. That costs a copy of the stage for each step with microbatches in flight,
-and no recomputing.
+memory where a graph still needs the old one. That costs a copy of a fragment for each of its steps with microbatches in
+flight, and no recomputing.
 
 Where memory runs out, sequences are computed in pieces from then on, half as many at a time. Then nothing is kept but
 what came in: each piece goes forward once more in its backward, so that only one piece's graph is ever there. The
@@ -89,6 +89,26 @@ class _Pending:
     """fragment -> name -> gradient of the microbatch's mean loss"""
 
 
+@dataclass
+class _Sum:
+    """Gradients of one parameter: a single one as it is, since most runs of little memory have no second; several added
+    up in fp32, each times its tokens."""
+
+    values: torch.Tensor
+    tokens: int
+    several: bool = False
+
+    def plus(self, values: torch.Tensor, tokens: int) -> _Sum:
+        total = self.values if self.several else self.values.to(torch.float32) * self.tokens
+        return _Sum(total.add_(values, alpha=tokens), self.tokens + tokens, several=True)
+
+    def mean(self, all_tokens: int) -> torch.Tensor:
+        """Over `all_tokens`, of which some had no gradient here."""
+        if self.several:
+            return self.values.div_(all_tokens)
+        return self.values if self.tokens == all_tokens else self.values * (self.tokens / all_tokens)
+
+
 class StageCompute:
     """The stage may be exchanged for another one that shares what stays, and fragments may be held that are in no stage
     (yet, or any more)."""
@@ -104,9 +124,10 @@ class StageCompute:
         """all that share memory with the working weights, of earlier stages too"""
         self._graphs: dict[Hashable, _Graph] = {}
         self._pending: dict[Hashable, _Pending] = {}
-        self._sums: dict[int, dict[str, torch.Tensor]] = {}
+        self._sums: dict[int, dict[str, _Sum]] = {}
         self._tokens: dict[int, int] = {}
-        self._device = next(iter(parameters.values())).device
+        any_parameter = next(iter(parameters.values()))
+        self._device, self._dtype = any_parameter.device, any_parameter.dtype
         self.pieces = Pieces()
 
     @property
@@ -192,10 +213,9 @@ class StageCompute:
             if fragment not in self.fragments:  # let go of meanwhile, and nobody has spoken for long
                 continue
             sums = self._sums.setdefault(fragment, {})
-            for name, values in gradients.items():
-                if name not in sums:
-                    sums[name] = torch.zeros_like(values, dtype=torch.float32)
-                sums[name].add_(values, alpha=pending.tokens)
+            for name in list(gradients):
+                values = gradients.pop(name)  # one after the other: there are never two of all
+                sums[name] = sums[name].plus(values, pending.tokens) if name in sums else _Sum(values, pending.tokens)
             self._tokens[fragment] = self._tokens.get(fragment, 0) + pending.tokens
 
     def forget(self, key: Hashable) -> None:
@@ -212,18 +232,25 @@ class StageCompute:
         return self._tokens.get(fragment, 0)
 
     def take(self, fragment: int) -> tuple[dict[str, torch.Tensor], int]:
-        """(name -> mean gradient, fp32; its tokens) of what has been added up; the next sum begins."""
+        """(name -> mean gradient, fp32, or as it was where one microbatch made it; its tokens) of what has been added
+        up; the next sum begins."""
         tokens, sums = self._tokens.pop(fragment, 0), self._sums.pop(fragment, {})
-        for values in sums.values():
-            values.div_(max(1, tokens))
-        return sums, tokens
+        return {name: found.mean(max(1, tokens)) for name, found in sums.items()}, tokens
 
-    def before_write(self) -> None:
-        """Somebody is about to change the working weights: graphs in flight keep those that they were built on."""
-        if any(weights.users for weights in self._aliased):
-            for parameter in self._parameters.values():
+    def before_write(self, fragment: int | None = None) -> None:
+        """Somebody is about to change the working weights, of this fragment or all: graphs in flight keep those that
+        they were built on."""
+        live = [weights for weights in self._aliased if weights.users]
+        if not live:
+            return
+        indices = self.fragments if fragment is None else self.fragments.keys() & {fragment}
+        specs = [self.fragments[index] for index in indices]
+        for parameter_name in [tensor.name for spec in specs for tensor in spec.tensors]:
+            parameter = self._parameters[parameter_name]
+            place = parameter.data_ptr()
+            if any(w.leaves[parameter_name].data_ptr() == place for w in live if parameter_name in w.leaves):
                 parameter.data = parameter.data.clone()
-            self._weights, self._aliased = None, []
+        self._weights = None
 
     def restage(self, stage: Stage) -> None:
         """Another stage from now on. Graphs under way keep what they were built on, and their gradients count."""
@@ -241,7 +268,7 @@ class StageCompute:
         if len(blocks) < end - start or blocks[0][0] < self._stage.start or blocks[-1][1] > self._stage.end:
             raise PeerRefused(f"fragments {start}:{end} are not served here any more")
         return _Graph(
-            fragments, values.to(self._device), None if targets is None else targets.to(self._device),
+            fragments, self._here(values), None if targets is None else targets.to(self._device),
             torch.tensor(prefixes, device=self._device) if prefixes else None, self._current(), tokens,
         )
 
@@ -306,6 +333,10 @@ class StageCompute:
         with torch.set_grad_enabled(grad), _dropout(stage, learns):
             left: torch.Tensor = functional_call(stage, inside, (entered,), how)
             return left if graph.targets is None else stage.mean_loss(left, graph.targets[span])
+
+    def _here(self, values: torch.Tensor) -> torch.Tensor:
+        """On the stage's device, hidden states in its weights' type."""
+        return values.to(self._device, self._dtype if values.is_floating_point() else values.dtype)
 
     def _current(self) -> _Weights:
         if self._weights is None:

@@ -43,13 +43,16 @@ def assemble(
     def warn(text: str) -> None:
         emit(Warning(text))
 
+    bits = place.planner.settings.optimizer_bits
     if len(held.fragments) == run.fragments:
         assert stream is not None
         serving: Serving
-        inner = InnerOptimizer(held.model, held.fragments, run, between=lambda: serving.pause(), warn=warn)
+        inner = InnerOptimizer(
+            held.model, held.fragments, run, between=lambda: serving.pause(), warn=warn, optimizer_bits=bits
+        )
         serving = network.run(serve(run, held, inner, averager, network, boundary, in_flight=place.in_flight))
         return Assembly(Trainer(run, inner, stream, averager, network, boundary, serving), None)
-    optimizers, pieces = Optimizers(run, warn=warn), split(held)
+    optimizers, pieces = Optimizers(run, warn=warn, bits=bits), split(held)
     for piece in pieces:
         optimizers.add(piece.spec, piece.parameters)
     serving = network.run(serve(run, held, optimizers, averager, network, boundary, in_flight=place.in_flight))

@@ -25,8 +25,6 @@ class Boundary:
         self._running = threading.RLock()
         """held while functions run, one at a time; apart from `_changed`, so that leaving one here takes no time"""
         self._training = False
-        self.before: Callable[[], None] = lambda: None
-        """called before functions run: whoever still needs the weights as they are makes sure of it"""
 
     def __call__(self, function: Callable[[], T]) -> Awaitable[T]:
         """From the event loop: run `function` at the next boundary and await its result."""
@@ -67,7 +65,6 @@ class Boundary:
                 if not self._queue:
                     return
                 function, future = self._queue.popleft()
-            self.before()
             if not future.set_running_or_notify_cancel():
                 continue
             try:

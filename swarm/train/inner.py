@@ -1,6 +1,7 @@
 """Inner steps of the whole model: this peer's own text, this peer's own optimizers.
 
-Out of memory halves the microbatch and tries again: the inner step stays the same, it only takes more pieces.
+Out of memory halves the microbatch and tries again: the inner step stays the same, it only takes more pieces
+(whose gradients are added up in the weights' own type).
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ class InnerOptimizer(Optimizers):
     def __init__(
         self, model: Model, fragments: Sequence[FragmentSpec], run: RunConfig, *,
         between: Callable[[], None] = lambda: None, warn: Callable[[str], None] = lambda text: None,
+        optimizer_bits: int = 32,
     ) -> None:
         """`fragments`: those of `model`. `between` is called between microbatches; `warn` with what a person should
         know."""
-        super().__init__(run, warn=warn)
+        super().__init__(run, warn=warn, bits=optimizer_bits)
         self._model, self._between = model, between
         parameters = dict(model.named_parameters())
         for fragment in fragments:

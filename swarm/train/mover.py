@@ -177,7 +177,9 @@ class Mover:
         """Raises StateError where it is somewhere and nobody gives it."""
         parts, loop = self._parts, asyncio.get_running_loop()
         began = loop.time()
-        piece, start = await asyncio.to_thread(build, parts.run, index, device=parts.device)
+        piece, start = await asyncio.to_thread(
+            build, parts.run, index, device=parts.device, settings=parts.planner.settings
+        )
         downloaded = await parts.averager.add(
             index, start.layout, start.state, piece.parameters, trusted=start.is_named
         )

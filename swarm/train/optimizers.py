@@ -18,21 +18,29 @@ from swarm.train.adamw import FragmentAdamW
 class Optimizers:
     """On the training thread, or while it stands still. `warn` is called with what a person should know."""
 
-    def __init__(self, run: RunConfig, *, warn: Callable[[str], None] = lambda text: None) -> None:
+    def __init__(
+        self, run: RunConfig, *, warn: Callable[[str], None] = lambda text: None, bits: int = 32
+    ) -> None:
+        """`bits` of AdamW's moments: 32 or 8."""
         self._train, self._warn = run.train, warn
+        # a sync run takes no inner steps, and its gradients are clipped as everybody's are
+        self._bits = 32 if run.averaging.mode == "sync" else bits
         self._optimizers: dict[int, FragmentAdamW] = {}
+        self._names: dict[int, list[str]] = {}
+        """fragment -> its parameters' names, in its optimizer's order"""
         self.parameters: dict[str, torch.nn.Parameter] = {}
         """of the fragments held, by name in the whole model"""
 
     def add(self, fragment: FragmentSpec, parameters: Mapping[str, torch.nn.Parameter]) -> None:
         """A fragment more, whose moments begin at nothing. `parameters`: at least its own, by name."""
         held = {tensor.name: parameters[tensor.name] for tensor in fragment.tensors}
-        self._optimizers[fragment.index] = FragmentAdamW(list(held.values()), self._train)
+        self._optimizers[fragment.index] = FragmentAdamW(list(held.values()), self._train, bits=self._bits)
+        self._names[fragment.index] = list(held)
         self.parameters.update(held)
 
     def remove(self, fragment: FragmentSpec) -> None:
         """Its moments and gradients are gone."""
-        del self._optimizers[fragment.index]
+        del self._optimizers[fragment.index], self._names[fragment.index]
         for tensor in fragment.tensors:
             self.parameters.pop(tensor.name).grad = None
 
@@ -49,10 +57,7 @@ class Optimizers:
         """The same for one fragment, with these mean gradients (name -> fp32): a stage's fragments each take a step
         after their own quota of tokens. What was in its parameters' gradients is gone."""
         optimizer = self._optimizers[index]
-        optimizer.zero_grad()
-        for name, values in gradients.items():
-            parameter = self.parameters[name]
-            parameter.grad = values.to(parameter.dtype)
+        optimizer.give([gradients.get(name) for name in self._names[index]])
         if not self.clip([index]):
             return False
         optimizer.step(learning_rate)

@@ -31,7 +31,9 @@ from swarm.data.tokenizer import load_tokenizer
 from swarm.errors import HomeError, NetworkError, SwarmError
 from swarm.events import Bus, Check, Ready, Warning
 from swarm.host.device import choose_device
+from swarm.host.freed import return_freed_memory
 from swarm.host.home import Home
+from swarm.host.keep import AMPLE, LITTLE
 from swarm.network import join
 from swarm.network.keys import Keypair, friendly_name
 from swarm.network.maddr import join_command
@@ -130,6 +132,7 @@ class Participant:
             assert self._place is not None
             self._check("memory", f"{self._place.text}\n{self._place.plan.table()}", began)
             self.held.model.to(device)  # type: ignore[arg-type]
+            self._place.planner.settings.prepare(self.held.model)
             self._take_over_state()
             if self.held.fragments[0].index == 0:  # who draws text; the others get it with the microbatches
                 self._load_data()
@@ -143,6 +146,8 @@ class Participant:
         self._place = choose(
             run, self.config, device=device, statuses=statuses, peer_id=self.network.peer_id
         )
+        if self._place.planner.settings.keep.name == LITTLE.name:
+            return_freed_memory()
         return self._place
 
     def _first_part(self, place: Place) -> tuple[int, int]:
@@ -165,7 +170,8 @@ class Participant:
         began = time.monotonic()
         network = self.network
         context = Context(
-            self.run, self.keypair, network.endpoint, network.directory, self._boundary, self.bus.emit
+            self.run, self.keypair, network.endpoint, network.directory, self._boundary, self.bus.emit,
+            keep=self._place.planner.settings.keep if self._place is not None else AMPLE,
         )
         taken = takeover.take_over(self.held, context, network, self._folder, spare_disk=self.config.spare_disk)
         self.averager, self._saved_stream = taken.averager, taken.stream

@@ -19,6 +19,7 @@ from swarm.model.partial import join_stages
 from swarm.model.skeleton import tensors
 from swarm.model.stage import Stage
 from swarm.train.run_source import Held, hold, matches_start
+from swarm.train.settings import Settings
 
 
 @dataclass(frozen=True)
@@ -46,10 +47,11 @@ class Start:
     """it is the start that the run config names"""
 
 
-def build(run: RunConfig, index: int, *, device: torch.device) -> tuple[Piece, Start]:
+def build(run: RunConfig, index: int, *, device: torch.device, settings: Settings) -> tuple[Piece, Start]:
     """A fragment at the run's start. Raises ConfigError as `hold` does."""
     held = hold(run, part=(index, index + 1))
     held.model.to(device)  # type: ignore[arg-type]
+    settings.prepare(held.model)
     return split(held)[0], Start(held.layouts[index], held.states[index], matches_start(run, held)[index])
 
 

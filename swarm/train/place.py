@@ -2,19 +2,23 @@
 fragments as fit that the swarm needs most (pipeline/placement.py).
 
 The plan counts everything that training and averaging keep. Where a stage is too large for many microbatches at once,
-fewer are planned for, down to one, before a smaller stage is; the chain then takes no more than that.
+fewer are planned for, down to one (the chain then takes no more than that), then less of the past is kept, and fewer
+bits (settings.py), before a smaller stage is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import count
 
 import torch
 
+from swarm.averaging import outer
 from swarm.config import PeerConfig, RunConfig
 from swarm.errors import SwarmError
 from swarm.host.device import available_bytes
+from swarm.host.keep import LITTLE
 from swarm.host.memory import PartSize, StagePlan, Work, check_fits, plan_stage
 from swarm.model.fragments import FragmentSpec, cut
 from swarm.model.skeleton import skeleton
@@ -23,6 +27,7 @@ from swarm.pipeline.placement import choose_stage
 from swarm.pipeline.snapshot import NO_STAGE, Fragments, Holder
 from swarm.train import surroundings
 from swarm.train.serving import CREDIT, microbatch_sequences
+from swarm.train.settings import Settings, choices
 
 
 @dataclass(frozen=True)
@@ -50,21 +55,25 @@ def choose(
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
         gpu_bytes = min(free, config.max_memory or free)
-    planner = Planner(
-        [_size(fragment, text_config.vocab_size, is_last=fragment is fragments[-1]) for fragment in fragments],
-        Work(
+    sizes = [_size(fragment, text_config.vocab_size, is_last=fragment is fragments[-1]) for fragment in fragments]
+    round_bytes = max(size.num_parameters for size in sizes) * run.averaging.bits * 5 // 4 // 8  # a quarter is 8-bit
+    ways = _Ways(Planner(
+        sizes, Work(
             hidden_size=text_config.hidden_size, num_heads=text_config.num_attention_heads,
-            sequence_length=run.train.sequence_length, bits=run.averaging.bits, on_gpu=device.type == "cuda",
-        ), run, main_bytes, gpu_bytes,
-    )
+            sequence_length=run.train.sequence_length, microbatch_sequences=microbatch_sequences(run),
+            pieces=run.train.batch_sequences // microbatch_sequences(run), bits=run.averaging.bits,
+            buffers=outer.num_buffers(run), sync=run.averaging.mode == "sync", on_gpu=device.type == "cuda",
+        ), run, main_bytes, gpu_bytes, Settings(),
+    ), choices(run, config, device, round_bytes=round_bytes))
     everything = (0, run.fragments)
     if config.fragment_span is not None:
-        place = planner.place(config.fragment_span, "as it was told to")
+        place = ways.best(config.fragment_span, "as it was told to")
         check_fits(place.plan)
         return place
-    place = planner.place(everything, "they fit")
+    place = ways.best(everything, "they fit")
     if place.plan.fits:
         return place
+    planner = ways.roomiest()
     if not planner.room_bytes():
         raise SwarmError(
             "this model does not fit", why="not even one fragment of it:\n" + planner.place((0, 1), "").plan.table(),
@@ -72,16 +81,50 @@ def choose(
         )
     me = Holder(peer_id, NO_STAGE, NO_STAGE, planner.room_bytes(), surroundings.usual_speed(run, statuses))
     first, end = choose_stage(surroundings.snapshot(run, statuses, planner.fragments()), me)
-    while end - first > 1 and not planner.place((first, end), "").plan.fits:
+    while end - first > 1 and not planner.in_flight(range(first, end)):
         end -= 1
-    place = planner.place((first, end), "as many as fit, where the swarm needs them most")
+    place = ways.best((first, end), "as many as fit, where the swarm needs them most")
     check_fits(place.plan)
     return place
 
 
+class _Ways:
+    """To use this peer's memory, from the best to the one that takes least; each found out when it is come to."""
+
+    def __init__(self, planner: Planner, settings: Iterator[Settings]) -> None:
+        self._planner, self._settings = planner, settings
+        self._known: list[Planner] = []
+
+    def best(self, part: tuple[int, int], why: str) -> Place:
+        """The first that fits; a peer with the whole model rather saves than does nothing for others. Where none fits,
+        the last."""
+        is_whole = part == (0, len(self._planner.sizes))
+        for least in (1, 0) if is_whole else (1,):
+            for planner in self._all():
+                place = planner.place(part, why, least=least)
+                if place.plan.fits:
+                    return place
+        return place
+
+    def roomiest(self) -> Planner:
+        """The way in which most fragments fit. Of small models it is not that of the fewest bits, which load a
+        library."""
+        least = [planner for planner in self._all() if planner.settings.keep.name == LITTLE.name]
+        return max(least, key=Planner.longest)
+
+    def _all(self) -> Iterator[Planner]:
+        for number in count():
+            if number == len(self._known):
+                settings = next(self._settings, None)
+                if settings is None:
+                    return
+                self._known.append(replace(self._planner, settings=settings))
+            yield self._known[number]
+
+
 @dataclass(frozen=True)
 class Planner:
-    """What fits into this peer's memory, as it was free at the start."""
+    """What fits into this peer's memory, as it was free at the start, used in this way."""
 
     sizes: Sequence[PartSize]
     """of each fragment"""
@@ -89,20 +132,20 @@ class Planner:
     run: RunConfig
     main_bytes: int
     gpu_bytes: int
+    settings: Settings
 
-    def place(self, part: tuple[int, int], why: str) -> Place:
-        """With as many microbatches at once as fit; with one where even that does not."""
-        in_flight = self.in_flight(range(*part)) or 1
-        chained = part != (0, len(self.sizes))
-        plan = self._plan(range(*part), in_flight, chained=chained)
-        which = f"fragments {part[0]}:{part[1]} of {len(self.sizes)}" if chained else "the whole model"
-        return Place(part, in_flight, plan, f"{which}: {why}", self)
+    def place(self, part: tuple[int, int], why: str, *, least: int = 1) -> Place:
+        """With as many microbatches at once as fit; with `least` where even that does not."""
+        in_flight = self.in_flight(range(*part)) or least
+        plan = self._plan(range(*part), in_flight)
+        is_whole = part == (0, len(self.sizes))
+        which = "the whole model" if is_whole else f"fragments {part[0]}:{part[1]} of {len(self.sizes)}"
+        return Place(part, in_flight, plan, f"{which}: {why}; {self.settings.text}", self)
 
     def in_flight(self, held: Collection[int]) -> int:
         """For how many microbatches at once there is room beside these fragments; 0: not for one."""
-        chained = len(held) < len(self.sizes)
         in_flight = CREDIT
-        while in_flight and not self._plan(held, in_flight, chained=chained).fits:
+        while in_flight and not self._plan(held, in_flight).fits:
             in_flight //= 2
         return in_flight
 
@@ -116,27 +159,31 @@ class Planner:
     def room_bytes(self) -> int:
         """As much as the longest stage that fits takes, measured in `fragments()`; 0: not even one fragment fits."""
         limit = self.gpu_bytes if self.work.on_gpu else self.main_bytes
-        largest = max((end - first for first, end in self.fitting()), default=0)
+        largest = self.longest()
         return min(limit, sum(sorted(self.fragments().sizes_bytes)[-largest:])) if largest else 0
+
+    def longest(self) -> int:
+        """Fragments in a row that fit at most."""
+        return max((end - first for first, end in self.fitting()), default=0)
 
     def fitting(self) -> Iterator[tuple[int, int]]:
         for first in range(len(self.sizes)):
             for end in range(first + 1, len(self.sizes) + 1):
-                if not self.place((first, end), "").plan.fits:
+                if not self._plan(range(first, end), 1).fits:
                     break
                 yield first, end
 
     def bytes_of(self, index: int) -> int:
         """That a fragment takes of this peer's room, with one microbatch at a time."""
-        plan = self._plan([index], 1, chained=True)
-        return plan.gpu_bytes if self.work.on_gpu else plan.main_bytes - plan.rows[0].num_bytes
+        rows = self._plan([index], 1).rows
+        return sum(row.num_bytes for row in rows if row.on_gpu == self.work.on_gpu and not row.shared)
 
-    def _plan(self, held: Iterable[int], in_flight: int, *, chained: bool) -> StagePlan:
-        sizes, train = [self.sizes[index] for index in held], self.run.train
-        sequences = microbatch_sequences(self.run) if chained else train.batch_sequences
+    def _plan(self, held: Collection[int], in_flight: int) -> StagePlan:
+        sizes, settings = [self.sizes[index] for index in held], self.settings
+        is_whole = len(sizes) == len(self.sizes)
         work = replace(
-            self.work, microbatch_sequences=sequences, microbatches_in_flight=in_flight if chained else 1,
-            chained=chained,
+            self.work, microbatches_in_flight=in_flight, halved=settings.halved, keep=settings.keep,
+            optimizer_bits=settings.optimizer_bits, batch_sequences=self.run.train.batch_sequences if is_whole else 0,
         )
         size = sum(sizes[1:], start=sizes[0])
         return plan_stage(size, work, main_limit_bytes=self.main_bytes, gpu_limit_bytes=self.gpu_bytes)

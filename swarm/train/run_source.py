@@ -16,6 +16,7 @@ from swarm.config import RunConfig, canonical_json, load_run, run_from_json
 from swarm.errors import ConfigError, SwarmError
 from swarm.host.home import Home, atomic_write
 from swarm.host.presets import preset_path
+from swarm.model import working
 from swarm.model.build import Model, build_model, resolve
 from swarm.model.fragments import FragmentSpec, cut
 from swarm.model.partial import build_stage
@@ -70,7 +71,7 @@ def load_states(held: Held, states: Iterable[GlobalState]) -> None:
     with torch.no_grad():
         for state in states:
             for name, values in held.layouts[state.fragment].views(state.weights):
-                parameters[name].copy_(values)
+                working.write_all(parameters[name], values)
 
 
 def new_run(

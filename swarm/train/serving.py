@@ -69,8 +69,8 @@ async def serve(
     first, end = held.fragments[0].index, held.fragments[-1].index + 1
     work = WorkQueue()
     compute = StageCompute(held.stage, {f.index: f for f in held.fragments}, inner.parameters)
+    averager.context.before_write = compute.before_write
     compute.pieces.warn = lambda text: averager.context.emit(Warning(text))
-    boundary.before = compute.before_write
     link_calls = calls.LinkCalls(network.endpoint, network.directory)
     config = held.model.config.get_text_config()
     bits, back_bits = wire.bits_of(run)

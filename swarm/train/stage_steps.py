@@ -48,7 +48,7 @@ class StageSteps:
                 self._averager.trained_fragment(fragment, tokens, gradients)
                 self._announce()
             else:
-                self._compute.before_write()
+                self._compute.before_write(fragment)
                 rate = learning_rate(self._run, self._averager.estimated_tokens())
                 if not self._inner.step_fragment(fragment, gradients, rate):
                     continue

@@ -19,6 +19,7 @@ from swarm.averaging.global_state import initial_state
 from swarm.averaging.layout import Layout
 from swarm.averaging.ledger import Drift, Ledger
 from swarm.averaging.messages import Commit, Contributor, Opening, Part, PartResult, make_commit, result_message
+from swarm.averaging.packed import Packed
 from swarm.averaging.reduction import reduce_part
 from swarm.averaging.synchronise import Synchroniser
 from swarm.config import RunConfig
@@ -128,7 +129,7 @@ def commit_of(members: list[Peer], contributors: list[Peer], *, nonce: int = 0) 
         offer = peer.ledger.contribute(opening.id, opening.version)
         data = codec.encode(offer.offered, layout.num_fine_blocks, bits)
         received[peer.id], tokens[peer.id] = codec.decode(data, *shape, bits), offer.tokens
-        offer.lost = offer.offered - received[peer.id]
+        offer.lost = Packed.of(offer.offered - received[peer.id])
         offer.recall = partial(codec.decode, data, *shape, bits)
     data, _ = reduce_part(received, tokens, torch.zeros(layout.numel), num_fine=layout.num_fine_blocks, bits=bits)
     in_order = sorted(contributors, key=members.index)

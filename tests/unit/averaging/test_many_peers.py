@@ -13,6 +13,7 @@ from swarm.averaging.global_state import GlobalState, initial_state
 from swarm.averaging.layout import Layout
 from swarm.averaging.ledger import Drift, Ledger
 from swarm.averaging.outer import OuterStep
+from swarm.averaging.packed import Packed
 from swarm.averaging.reduction import reduce_part
 from swarm.config import RunConfig
 from swarm.network import codec
@@ -72,7 +73,7 @@ def round_of(run: RunConfig, peers: list[Peer], contributors: list[Peer], openin
         bodies.append(data)
         spans.append((start, end, fine))
     for name, contribution in offered.items():
-        contribution.lost = contribution.offered - torch.cat(said[name])
+        contribution.lost = Packed.of(contribution.offered - torch.cat(said[name]))
     tokens = sum(contribution.tokens for contribution in offered.values())
     for peer in peers:  # everyone on their own, from the same bytes
         average = torch.cat([

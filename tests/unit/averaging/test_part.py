@@ -254,7 +254,7 @@ def test_a_part_is_done_while_the_next_one_still_arrives(
         named = _named(world.results[0][0])
         world.owner.settled(make_commit(world.keys[0], opening, named, [result for _, result in world.results]))
         assert sorted(world.owner._feedback) == [(0, cut), (cut, layout.num_blocks)]
-        assert any(bool(left.any()) for left in world.owner._feedback.values())
+        assert any(bool(left.read().any()) for left in world.owner._feedback.values())
 
     asyncio.run(asyncio.wait_for(told(), 30))
 

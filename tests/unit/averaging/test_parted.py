@@ -7,7 +7,9 @@ import torch
 
 from swarm.averaging.global_state import GlobalState, initial_state, outranks
 from swarm.averaging.layout import layout_of
-from swarm.averaging.ledger import KEPT_ABSORBED, Drift, Ledger
+from swarm.averaging.ledger import Drift, Ledger
+from swarm.averaging.packed import Packed
+from swarm.host.keep import MAX_OWN
 from swarm.model.fragments import FragmentSpec, TensorSpec
 from swarm.network import codec
 
@@ -41,7 +43,7 @@ class Peer:
         contribution = self.ledger.contribute(key, self.ledger.state.version + 1)
         data = codec.encode(contribution.offered, LAYOUT.num_fine_blocks, BITS)
         said = codec.decode(data, LAYOUT.num_blocks, LAYOUT.num_fine_blocks, BITS)
-        contribution.lost = contribution.offered - said
+        contribution.lost = Packed.of(contribution.offered - said)
         contribution.recall = lambda: codec.decode(data, LAYOUT.num_blocks, LAYOUT.num_fine_blocks, BITS)
         self.ledger.apply(self.state(self.ledger.state.weights - said, contribution.tokens), key, included=True)
         return said.double()
@@ -74,7 +76,7 @@ def test_commits_of_the_losing_side_go_back_into_the_drift(num_lost: int) -> Non
     peer.ledger.adopt(peer.state(other_weights(), 10_000), absorbed=[], lost=lost)
     assert peer.ledger.pending_tokens == 7 + 100 * num_lost
     heard = sum(said[:5 - num_lost], torch.zeros(LAYOUT.numel, dtype=torch.float64))
-    assert torch.allclose(peer.offers(), peer.learnt - heard, atol=1e-5), "nothing lost, nothing said twice"
+    assert torch.allclose(peer.offers(), peer.learnt - heard, atol=5e-5), "nothing lost, nothing said twice"
 
 
 def test_a_common_history_takes_nothing_back() -> None:
@@ -83,17 +85,17 @@ def test_a_common_history_takes_nothing_back() -> None:
     said = peer.commit("opening")
     peer.ledger.adopt(peer.state(other_weights(), 10_000), absorbed=[], lost=[])
     assert peer.ledger.pending_tokens == 0
-    assert torch.allclose(peer.offers(), peer.learnt - said, atol=1e-5)
+    assert torch.allclose(peer.offers(), peer.learnt - said, atol=5e-5)
     assert peer.ledger.recent() == {}, "what is common to both sides is settled for good"
 
 
 def test_it_remembers_a_bounded_number_of_commits() -> None:
     peer = Peer()
-    for number in range(KEPT_ABSORBED + 5):
+    for number in range(MAX_OWN + 5):
         peer.train(1)
         peer.commit(f"opening {number}")
-    assert len(peer.ledger.recent()) == KEPT_ABSORBED
-    assert f"opening {KEPT_ABSORBED + 4}" in peer.ledger.recent()
+    assert len(peer.ledger.recent()) == MAX_OWN
+    assert f"opening {MAX_OWN + 4}" in peer.ledger.recent()
 
 
 def test_what_the_others_committed_after_the_cut_is_not_offered_twice() -> None:
@@ -112,7 +114,7 @@ def test_what_the_others_committed_after_the_cut_is_not_offered_twice() -> None:
     peer.train(7)
     peer.ledger.adopt(peer.state(other_weights(), 10_000), absorbed=["theirs"], lost=["mine 1", "mine 2"])
     assert peer.ledger.pending_tokens == 30 + 30 + 7
-    assert torch.allclose(peer.offers(), peer.learnt - said.double(), atol=1e-5), "nothing lost, nothing said twice"
+    assert torch.allclose(peer.offers(), peer.learnt - said.double(), atol=5e-5), "nothing lost, nothing said twice"
     assert peer.ledger.outstanding() == {}
 
 
@@ -124,7 +126,7 @@ def test_a_passed_over_contribution_that_nobody_has_is_still_in_the_drift() -> N
     said = peer.commit("mine")
     peer.ledger.adopt(peer.state(other_weights(), 10_000), absorbed=[], lost=[])
     assert peer.ledger.pending_tokens == 0
-    assert torch.allclose(peer.offers(), peer.learnt - said, atol=1e-5)
+    assert torch.allclose(peer.offers(), peer.learnt - said, atol=5e-5)
 
 
 @pytest.mark.parametrize(("tokens", "digest", "wins"), [

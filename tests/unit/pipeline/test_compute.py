@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from swarm.errors import PeerRefused
+from swarm.model import working
 from swarm.pipeline.compute import StageCompute
 from tests.unit.pipeline.toy import Toy, fragments_of, in_one_process, microbatches
 
@@ -235,3 +236,81 @@ def test_writing_moves_the_weights_of_every_stage_that_still_needs_them() -> Non
         gradients, count = compute.take(fragment)
         for name, values in gradients.items():
             torch.testing.assert_close(values * count, wanted[name], rtol=1e-5, atol=1e-5)
+
+
+def test_a_single_gradient_is_its_own_sum_and_several_add_up_in_fp32() -> None:
+    stage, parameters = held(0, 3)
+    texts = microbatches(3, seed=9)
+    through([stage], 0, texts[0], [0, 3])
+    own = {name: values.clone() for found in stage._pending[0].gradients.values() for name, values in found.items()}
+    stage.commit(0)
+    gradients, tokens = stage.take(1)
+    assert tokens == texts[0].numel() and gradients
+    for name, values in gradients.items():
+        assert torch.equal(values, own[name])
+    wanted, _ = in_one_process(NUM, texts)
+    for key, text in enumerate(texts):
+        through([stage], key, text, [0, 3])
+        stage.commit(key)
+    gradients, tokens = stage.take(1)
+    for name, values in gradients.items():
+        assert values.dtype == torch.float32
+        torch.testing.assert_close(values * tokens, wanted[name], rtol=1e-5, atol=1e-5)
+    assert parameters
+
+
+def test_a_write_to_one_fragment_copies_that_one_and_each_graph_keeps_its_own_weights() -> None:
+    texts = microbatches(2, seed=10)
+    stage, parameters = held(0, 2)
+    last = held(2, 3)[0]
+    values = [stage.forward(0, texts[0], start=0, end=2, tokens=texts[0].numel())]
+    places = {name: p.data_ptr() for name, p in parameters.items()}
+    stage.before_write(1)
+    changed = {name for name, p in parameters.items() if p.data_ptr() != places[name]}
+    assert changed == {tensor.name for tensor in stage.fragments[1].tensors}
+    with torch.no_grad():
+        for name in changed:
+            parameters[name].mul_(1.5)
+    # the first graph still needs fragment 0 as it is, though a newer one is built on other weights of fragment 1
+    values.append(stage.forward(1, texts[1], start=0, end=2, tokens=texts[1].numel()))
+    stage.before_write(0)
+    with torch.no_grad():
+        for tensor in stage.fragments[0].tensors:
+            parameters[tensor.name].zero_()
+    fresh, fresh_parameters = held(0, 2)
+    for key in (0, 1):
+        if key == 1:
+            with torch.no_grad():
+                for name in changed:
+                    fresh_parameters[name].mul_(1.5)
+        again = fresh.forward(key, texts[key], start=0, end=2, tokens=texts[key].numel())
+        assert torch.equal(again, values[key])
+        _, gradient = last.loss(key, again, texts[key], start=2, end=3)
+        fresh.backward(key, gradient)
+        stage.backward(key, gradient)
+        for fragment in (0, 1):
+            for name, wanted in fresh._pending[key].gradients[fragment].items():
+                torch.testing.assert_close(stage._pending[key].gradients[fragment][name], wanted)
+
+
+def test_a_fragment_that_is_not_held_is_written_without_a_word() -> None:
+    stage, _ = held(0, 1)
+    text = microbatches(1, seed=11)[0]
+    stage.forward(0, text, start=0, end=1, tokens=text.numel())
+    stage.before_write(2)
+    assert stage.in_flight == 1
+
+
+def test_weights_in_bfloat16_take_and_give_hidden_states_in_fp32() -> None:
+    texts = microbatches(1, seed=12)
+    whole, parameters = held(0, 3)
+    working.halve(parameters.values())
+    halves = StageCompute(whole._stage, whole.fragments, parameters)
+    values = halves.forward(0, texts[0], start=0, end=2, tokens=texts[0].numel())
+    assert values.dtype == torch.float32
+    loss, gradient = halves.loss(1, values, texts[0], start=2, end=3)
+    assert gradient is not None and gradient.dtype == torch.float32
+    halves.backward(0, gradient)
+    exact = in_one_process(NUM, texts)[1][0]
+    assert loss == pytest.approx(exact, rel=0.02)
+    assert {g.dtype for g in halves._pending[0].gradients[1].values()} == {torch.bfloat16}

@@ -7,12 +7,13 @@ from typing import Any
 import pytest
 import torch
 
-from swarm.config import DataConfig, ModelConfig, PeerConfig, RunConfig, TrainConfig
+from swarm.config import AveragingConfig, DataConfig, ModelConfig, PeerConfig, RunConfig, TrainConfig
 from swarm.errors import ConfigError, SwarmError
 from swarm.host.memory import PROGRAM_BYTES
 from swarm.network.records import Head, Status
 from swarm.train.place import Place, choose
 from swarm.train.serving import CREDIT
+from swarm.train.settings import Settings, bfloat16_problem, choices
 
 CPU = torch.device("cpu")
 GPTJ: dict[str, Any] = {
@@ -49,6 +50,10 @@ def with_room(megabytes: int) -> dict[str, int]:
     return {"max_memory": PROGRAM_BYTES + megabytes * MB}
 
 
+def eight_bit(**config: Any) -> dict[str, Any]:
+    return {"weights": "bf16", "optimizer_bits": "8", **config}
+
+
 def test_where_it_fits_a_peer_holds_the_whole_model() -> None:
     chosen = place()
     assert chosen.part == (0, 6) and "the whole model" in chosen.text and chosen.plan.fits
@@ -57,7 +62,8 @@ def test_where_it_fits_a_peer_holds_the_whole_model() -> None:
 def test_a_peer_holds_what_it_was_told_to_also_where_more_would_fit() -> None:
     chosen = place(fragments="1:3")
     assert chosen.part == (1, 3) and chosen.in_flight == CREDIT
-    assert chosen.plan.total_bytes < place().plan.total_bytes + CREDIT * 4 * 2_000_000
+    assert "fp32 weights, 32-bit AdamW" in chosen.text and "ample" in chosen.text
+    assert chosen.plan.total_bytes < place().plan.total_bytes
 
 
 def test_what_was_asked_for_and_does_not_fit_is_refused_with_the_table() -> None:
@@ -68,7 +74,7 @@ def test_what_was_asked_for_and_does_not_fit_is_refused_with_the_table() -> None
 
 def test_with_little_room_it_takes_as_many_as_fit_and_never_more_than_its_memory() -> None:
     counts = []
-    for megabytes in (40, 60, 80, 120, 1000):
+    for megabytes in (140, 170, 200, 250, 1000):
         chosen = place(**with_room(megabytes))
         assert chosen.plan.fits and chosen.plan.main_bytes <= PROGRAM_BYTES + megabytes * MB
         counts.append(chosen.part[1] - chosen.part[0])
@@ -76,7 +82,7 @@ def test_with_little_room_it_takes_as_many_as_fit_and_never_more_than_its_memory
 
 
 def test_fewer_microbatches_come_before_fewer_fragments() -> None:
-    chosen = place(fragments="0:2", **with_room(90))
+    chosen = place(fragments="0:2", **with_room(400))
     assert 1 <= chosen.in_flight < CREDIT and chosen.plan.fits
 
 
@@ -85,7 +91,7 @@ def test_fewer_microbatches_come_before_fewer_fragments() -> None:
 ])
 def test_it_goes_where_nobody_or_the_fewest_are(others: list[tuple[int, int]], gap: int) -> None:
     statuses = {f"peer{number}": holding(*stage) for number, stage in enumerate(others)}
-    first, end = place(statuses, **with_room(60)).part
+    first, end = place(statuses, **with_room(170)).part
     assert first <= gap < end
 
 
@@ -97,24 +103,96 @@ def test_where_not_even_one_fragment_fits_it_says_what_would_help() -> None:
 
 def test_statuses_that_make_no_sense_do_not_count() -> None:
     odd = holding(0, 3).model_copy(update={"serving": [0, 200]})
-    first, end = place({"odd": odd, "whole": holding(1, 6)}, **with_room(60)).part
+    first, end = place({"odd": odd, "whole": holding(1, 6)}, **with_room(170)).part
     assert first <= 0 < end
 
 
 def test_who_is_on_its_way_there_counts_and_who_leaves_does_not() -> None:
     coming = holding(0, 0).model_copy(update={"serving": None, "target": [0, 3]})
-    first, end = place({"coming": coming, "a": holding(3, 4), "b": holding(4, 5)}, **with_room(60)).part
+    first, end = place({"coming": coming, "a": holding(3, 4), "b": holding(4, 5)}, **with_room(170)).part
     assert first <= 5 < end, "0 to 2 are cared for"
     leaving = holding(3, 6).model_copy(update={"leaving": True})
-    first, end = place({"here": holding(0, 3), "leaving": leaving}, **with_room(60)).part
+    first, end = place({"here": holding(0, 3), "leaving": leaving}, **with_room(170)).part
     assert first >= 3 and end > first
 
 
 def test_the_planner_says_how_many_microbatches_fit_beside_any_fragments() -> None:
-    planner = place(**with_room(90)).planner
+    planner = place(fragments="1:2", **with_room(250)).planner
     counts = [planner.in_flight(held) for held in ([1], [1, 4], [1, 3, 4], range(6))]
-    assert counts == sorted(counts, reverse=True) and counts[0] > counts[-1] == 0
+    assert counts == sorted(counts, reverse=True) and counts[0] > counts[-1]
     assert planner.in_flight([1, 2]) == planner.in_flight([2, 4]), "wherever they are"
     sizes = planner.fragments()
     assert len(sizes) == 6 and sizes.work == (1.0,) * 6
-    assert sizes.sizes_bytes[1] <= planner.room_bytes() <= 90 * MB + PROGRAM_BYTES
+    assert sizes.sizes_bytes[1] <= planner.room_bytes() <= 250 * MB + PROGRAM_BYTES
+
+
+# --- how memory is used
+
+
+def test_what_costs_precision_comes_last() -> None:
+    """From much memory to little: the past goes first, then bits."""
+    seen = []
+    for megabytes in (5000, 700, 300, 230, 200, 180):
+        settings = place(fragments="0:4", **with_room(megabytes)).planner.settings
+        seen.append((settings.halved, settings.optimizer_bits, -["little", "some", "ample"].index(settings.keep.name)))
+    assert seen == sorted(seen, key=lambda way: (way[0], -way[1], way[2]))
+    assert seen[0] == (False, 32, -2) and seen[2][:2] == (False, 32)
+
+
+def test_fewer_bits_where_only_they_fit() -> None:
+    """A model of so many parameters that a byte each matters more than bitsandbytes' own memory."""
+    wide = RunConfig(
+        name="test", model=ModelConfig(config={**GPTJ, "n_embd": 2048}), data=DataConfig(stdlib=True), fragments=6,
+        train=TrainConfig(sequence_length=64, batch_sequences=4),
+    )
+    found = {}
+    for gigabytes in (2, 3, 4, 5, 6, 8, 16):
+        config = {"fragments": "1:3", "max_memory": gigabytes * 1000 * MB}
+        try:
+            settings = place(run=wide, **config).planner.settings
+        except ConfigError:
+            continue
+        found[gigabytes] = settings.halved, settings.optimizer_bits
+    kinds = list(found.values())
+    assert kinds == sorted(kinds, key=lambda kind: (kind[0], -kind[1]), reverse=True), found
+    assert kinds[0] == (True, 8) and kinds[-1] == (False, 32), found
+
+
+def test_what_was_asked_for_is_kept_to() -> None:
+    assert place(**eight_bit()).planner.settings.halved and place(**eight_bit()).planner.settings.optimizer_bits == 8
+    assert "AdamW, 8-bit" in place(optimizer_bits="8").plan.table()
+    assert place(weights="bf16", optimizer_bits="32").planner.settings.optimizer_bits == 32
+    assert "bfloat16" in place(weights="bf16").text and place(weights="bf16").planner.settings.optimizer_bits == 32
+    with pytest.raises(ConfigError, match="do not fit"):
+        place(fragments="0:4", weights="fp32", optimizer_bits="32", **with_room(60))
+
+
+def test_a_sync_run_is_exact() -> None:
+    sync = RunConfig(**{**vars(run_with()), "averaging": AveragingConfig(mode="sync", bits=32)})
+    settings = place(run=sync, optimizer_bits="8").planner.settings
+    assert not settings.halved and settings.keep.rounds == 6
+    assert "AdamW" not in place(run=sync).plan.table()
+    with pytest.raises(ConfigError, match="not for this run"):
+        place(run=sync, weights="bf16")
+
+
+def test_what_this_machine_cannot_do_is_said_and_not_taken_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("swarm.train.settings.eight_bit_problem", lambda device: "bitsandbytes is broken")
+    with pytest.raises(ConfigError, match="cannot be used here") as caught:
+        place(optimizer_bits="8")
+    assert "broken" in caught.value.why
+    ways = list(choices(run_with(), PeerConfig(), CPU, round_bytes=0))
+    assert {way.optimizer_bits for way in ways} == {32}
+
+
+def test_results_of_a_round_are_kept_until_they_are_applied() -> None:
+    ways = list(choices(run_with(), PeerConfig(), CPU, round_bytes=10**9))
+    assert all(way.keep.results_bytes >= way.keep.rounds * 10**9 for way in ways)
+    assert bfloat16_problem(CPU) == ""
+
+
+def test_a_prepared_model_has_what_was_chosen() -> None:
+    for halved in (False, True):
+        model = torch.nn.Linear(4, 4)
+        Settings(halved=halved).prepare(model)
+        assert {p.dtype for p in model.parameters()} == {torch.bfloat16 if halved else torch.float32}
