@@ -67,6 +67,7 @@ class Spares:
         self._synchroniser = synchroniser
         self.copies = SpareCopies(store, held)
         self._quiet = replace(context, emit=lambda event: None, at_boundary=_at_once)
+        self._quiet.results, self._quiet.applying = context.results, context.applying  # the peer's, not its own
         """rounds that a copy follows are not this peer's, and training does not wait for them"""
         self._num_buffers = outer.num_buffers(context.run)
         self._not_before: dict[int, float] = {}
