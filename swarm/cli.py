@@ -70,7 +70,7 @@ _READ: dict[str, Callable[[str], Any]] = {
 }  # fmt: skip
 
 
-MIN_MEMORY_BYTES = 400_000_000
+MIN_MEMORY_BYTES = 750_000_000
 """the program itself takes that; see host/memory.py"""
 
 

@@ -334,20 +334,19 @@ class Chain:
         self._router.forget([holder.peer_id for holder in self._holders()])
 
     def _forget_orphans(self) -> None:
-        """Where there is no room: what waits for the verdict of an origin that is not there any more. In a small peer
-        a few of those would keep everybody else out until `FORGET_S`."""
-        now, there = asyncio.get_running_loop().time(), {holder.peer_id for holder in self._holders()}
-        orphans = [
+        """Where there is no room: microbatches whose origin is not there any more, be they under way or waiting for its
+        verdict. In a small peer a few of those would keep everybody else out until `FORGET_S`."""
+        now, there = asyncio.get_running_loop().time(), {self._me, *(holder.peer_id for holder in self._holders())}
+        self._spawn(self._forget([
             key for key, entry in self._entries.items()
-            if entry.is_answered() and now - entry.at > ORPHAN_S and key[0] not in there and key[0] != self._me
-        ]
-        for key in orphans:
-            del self._entries[key]
-            self._spawn(self._work(lambda key=key: self._compute.forget(key), urgency=VERDICT))  # type: ignore[misc]
+            if key[0] not in there and now - entry.at > ORPHAN_S and entry.microbatch.train  # guests hold nothing
+        ]))
 
     async def _forget(self, keys: list[tuple[str, int, int]]) -> None:
         for key in keys:
-            entry = self._entries.pop(key)
+            entry = self._entries.pop(key, None)
+            if entry is None:
+                continue
             if entry.task is not None and not entry.task.done():
                 entry.task.cancel()  # _ended drops what is in memory
             else:

@@ -133,7 +133,7 @@ def test_asking_for_a_number_of_fragments_is_told_who_decides_that():
     assert "(from environment SWARM_FRAGMENTS)" in refused([], {"SWARM_FRAGMENTS": "4"})
 
 
-@pytest.mark.parametrize(("text", "num_bytes"), [("6GB", 6 * 10**9), ("1.5 GiB", 3 * 2**29), ("700000000", 7 * 10**8)])
+@pytest.mark.parametrize(("text", "num_bytes"), [("6GB", 6 * 10**9), ("1.5 GiB", 3 * 2**29), ("800000000", 8 * 10**8)])
 def test_memory_is_a_size_in_every_source(config_file, text, num_bytes):
     assert parse([f"--max-memory={text}"], {}).max_memory == num_bytes
     assert parse([], {"SWARM_MAX_MEMORY": text}).max_memory == num_bytes
@@ -204,7 +204,7 @@ def test_a_file_in_another_encoding_is_a_stated_error(tmp_path):
         (["--fragments", "0:257"], "there are no fragments from 0 to before 257"),
         (["--max-memory", "lots"], "6GB or 512MiB"),
         (["--max-memory", "6 parsecs"], "6GB or 512MiB"),
-        (["--max-memory", "100MB"], "--max-memory must be 400 MB or more"),
+        (["--max-memory", "100MB"], "--max-memory must be 750 MB or more"),
         (["--max-memory", "6"], "got 6 B"),
         (["--join-timeout-s", "nan"], "--join-timeout-s must be over 0"),
         (["--join-timeout-s", "0"], "--join-timeout-s must be over 0"),

@@ -45,5 +45,5 @@ class Stages(Ours):
         return [
             python, str(PEER), "--forward-s", f"{forward_s:.6f}", "--backward-s", f"{backward_s:.6f}",
             *(["--emulate"] if self._emulate else []), *hub, "--", *argv[3:],
-            "--fragments", f"{spec.part[0]}:{spec.part[1]}",
+            "--fragments", f"{spec.part[0]}:{spec.part[1]}", "--spare-disk", "0",  # copies are not a part of the chain
         ]
