@@ -109,7 +109,10 @@ class Mover:
 
     def said_claim(self) -> Move | None:
         claim = self.claim
-        return None if claim is None else Move(stage=list(claim.stage), gain=min(claim.gain, 1e9), heals=claim.heals)
+        if claim is None:
+            return None
+        gain = min(1e9, max(0.0, claim.gain))  # a swarm that can do nothing gains without measure by anything
+        return Move(stage=list(claim.stage), gain=gain, heals=claim.heals)
 
     # ---------------------------------------------------------------------------------------------------------------
 
@@ -135,15 +138,23 @@ class Mover:
         self._memory = decision.memory
         claim = decision.claim if decision.act is Act.CLAIM else None
         if decision.act is Act.GO and decision.claim is not None:
-            first, end = decision.claim.stage
-            while end - first > 1 and not self._parts.planner.in_flight(range(first, end)):
-                end -= 1  # the stages that placement thinks of fit by their sizes alone
-            self.target = first, end
+            self.target = self._that_fits(decision.claim.stage, snapshot, me)
             why = "nobody else holds some of them" if decision.claim.heals else "the swarm is faster so"
             self._parts.emit(Check("moving", f"fragments {_name(self.serving)} to {_name(self.target)}: {why}", 0.0))
         if claim != self.claim or decision.act is Act.GO:
             self.claim = claim
             self._tell_all()
+
+    def _that_fits(self, stage: Stage, snapshot: Snapshot, me: Holder) -> Stage:
+        """The stages that placement thinks of fit by their fragments' sizes alone: without what others do most of, at
+        either end, where that is too much."""
+        rates, (first, end) = snapshot.served_rates(me), stage
+        while end - first > 1 and not self._parts.planner.in_flight(range(first, end)):
+            if rates[first] > rates[end - 1]:
+                first += 1
+            else:
+                end -= 1
+        return first, end
 
     async def _approach(self, snapshot: Snapshot, me: Holder) -> None:
         """One fragment more, or, when all are here, one less."""
