@@ -192,7 +192,7 @@ def test_a_stages_command_is_the_products_with_other_parts_in_it(tmp_path: Path)
     options = stage_peer.parser().parse_args(argv[2:split])
     assert options.forward_s == pytest.approx(0.1) and options.backward_s == pytest.approx(0.2)
     assert options.emulate and options.hub == [2, 4] and options.each_s == 5.0
-    assert argv[-2:] == ["--fragments", "1:4"] and "/ip4/10.0.0.1/tcp/1/p2p/x" in argv[split:]
+    assert argv[-4:] == ["--fragments", "1:4", "--spare-disk", "0"] and "/ip4/10.0.0.1/tcp/1/p2p/x" in argv[split:]
     plain = Stages(system.specs, emulate=False).command(setup, 0, ["10.0.0.1", "10.0.0.2"], [])
     assert "--hub" not in plain and "--emulate" not in plain and "--new-swarm" in plain[plain.index("--"):]
 
