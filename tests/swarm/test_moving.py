@@ -15,7 +15,7 @@ from swarm.host.memory import PROGRAM_BYTES
 from swarm.model.build import resolve
 from swarm.train.place import choose
 from tests.swarm.support import Swarm
-from tests.swarm.test_faults import Watch, assert_gone, kill, rounds_go_on
+from tests.swarm.test_faults import Watch, assert_gone, kill
 from tests.swarm.test_stages import four_fragments
 
 
@@ -40,7 +40,12 @@ def fragments(peer: LocalPeer) -> list[int]:
     return list(peer.last("progress", "fragments") or [])
 
 
-@pytest.mark.timeout(300)
+def newest_of(peers: list[LocalPeer]) -> list[int]:
+    """Version of each of the four fragments among these; 0 where none has applied a round of it."""
+    return [max(peer.heads.get(index, (0, ""))[0] for peer in peers) for index in range(4)]
+
+
+@pytest.mark.timeout(400)
 def test_a_fragment_whose_holders_all_die_is_back_by_placement_alone(tmp_path: Path) -> None:
     """Four peers with room for two of four fragments each: newcomers serve one fragment after the other, and whoever
     dies, the others move."""
@@ -77,7 +82,11 @@ def test_a_fragment_whose_holders_all_die_is_back_by_placement_alone(tmp_path: P
             what=f"fragment {rarest} to be back",
         )
         assert moves and all("nobody else holds some of them" in text for text in moves)
-        rounds_go_on(swarm, watch, by=2)
+        before = newest_of(alive)  # not of the dead: a spare copy may be some rounds older
+        swarm.wait_for(
+            lambda: all(newest_of(alive)[index] > before[index] for index in range(4)), timeout_s=120,
+            what=f"rounds after {before}",
+        )
         assert_gone(children)
         swarm.finish()
         assert [peer.process.returncode for peer in alive] == [0] * len(alive), [peer.stderr for peer in alive]
