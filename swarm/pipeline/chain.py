@@ -28,7 +28,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,6 +39,7 @@ from swarm.model.prefix import after_prefix
 from swarm.network import records
 from swarm.network.link import Answer, Link
 from swarm.pipeline import admission, onward, wire
+from swarm.pipeline.background import Background
 from swarm.pipeline.compute import StageCompute
 from swarm.pipeline.messages import Bits, Gradient, Hop, Microbatch, Verdict, Working
 from swarm.pipeline.onward import AGAIN_S, WORKING_S, Calls, Handover, Onward, Shape
@@ -76,20 +77,21 @@ class Chain:
         self, me: str, calls: Calls, work: Work, compute: StageCompute, router: Router, *, shape: Shape,
         first: int, end: int, holders: Callable[[], Sequence[Holder]], bits: Bits = 8, back_bits: Bits = 8,
         is_ready: Callable[[int, int, int], bool] = lambda start, end, version: True, max_in_flight: int = 64,
+        is_alive: Callable[[str], bool] = lambda peer_id: True,
     ) -> None:
         """Fragments [first, end) are held here. `holders`: the other peers that are alive; `is_ready(start, end,
         version)`: are these fragments at that version here (`sync` runs)? `max_in_flight`: microbatches that there is
-        memory for here.
+        memory for here; `is_alive(peer_id)`: has that peer been heard of late, whether it serves anything or not?
 
         `first`, `end` and `max_in_flight` may be assigned while this peer serves, between two messages: a microbatch
         looks at them when it comes and when it is begun, and what it was begun with stays its own."""
         self._me, self._calls, self._work, self._compute, self._router = me, calls, work, compute, router
         self.shape, self.first, self.end = shape, first, end
         self._holders, self._bits, self._back_bits, self._is_ready = holders, bits, back_bits, is_ready
-        self.max_in_flight = max_in_flight
+        self._is_alive, self.max_in_flight = is_alive, max_in_flight
         self._entries: dict[tuple[str, int, int], _Entry] = {}
         self._done: OrderedDict[tuple[str, int], None] = OrderedDict()
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._background = Background()
         self._service_s = 0.0
         self.speed = 0.0
         """fragments times tokens a second while it computes, of late; 0: not known yet"""
@@ -206,17 +208,7 @@ class Chain:
                 del self._entries[entry.microbatch.key]
             key = entry.microbatch.key
             if entry.microbatch.train:
-                self._spawn(self._work(lambda: self._compute.forget(key), urgency=VERDICT))
-
-    def _spawn(self, awaitable: Awaitable[Any]) -> None:
-        """Something that nobody waits for, and whose failing changes nothing."""
-        async def quietly() -> None:
-            with contextlib.suppress(NetworkError, asyncio.CancelledError):
-                await awaitable
-
-        task = asyncio.ensure_future(quietly())
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+                self._background.spawn(self._work(lambda: self._compute.forget(key), urgency=VERDICT))
 
     async def _do(self, entry: _Entry, read: Read) -> Answer:
         """Forward, the rest of the chain, backward."""
@@ -336,10 +328,11 @@ class Chain:
     def _forget_orphans(self) -> None:
         """Where there is no room: microbatches whose origin is not there any more, be they under way or waiting for its
         verdict. In a small peer a few of those would keep everybody else out until `FORGET_S`."""
-        now, there = asyncio.get_running_loop().time(), {self._me, *(holder.peer_id for holder in self._holders())}
-        self._spawn(self._forget([
+        now = asyncio.get_running_loop().time()
+        self._background.spawn(self._forget([
             key for key, entry in self._entries.items()
-            if key[0] not in there and now - entry.at > ORPHAN_S and entry.microbatch.train  # guests hold nothing
+            if now - entry.at > ORPHAN_S and entry.microbatch.train  # guests hold nothing
+            and key[0] != self._me and not self._is_alive(key[0])
         ]))
 
     async def _forget(self, keys: list[tuple[str, int, int]]) -> None:
@@ -354,8 +347,8 @@ class Chain:
 
     async def stop(self) -> None:
         tasks: list[asyncio.Task[Any]] = [e.task for e in self._entries.values() if e.task is not None]
-        tasks += self._tasks
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        await self._background.stop()
         await self.onward.stop()

@@ -8,9 +8,8 @@ comes after it, so that nothing further down is done twice. Who was given up is 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -19,6 +18,7 @@ from swarm.errors import BadMessage, NetworkError, PeerGone, PeerRefused
 from swarm.network import records
 from swarm.network.link import Answer
 from swarm.pipeline import wire
+from swarm.pipeline.background import Background
 from swarm.pipeline.messages import Bits, Gradient, Hop, Microbatch, Working, below
 from swarm.pipeline.routing import Holder, Router
 
@@ -96,7 +96,7 @@ class Onward:
         self._me, self._calls, self._router, self._holders = me, calls, router, holders
         self._shape, self._bits, self._back_bits = shape, bits, back_bits
         self._asked: dict[tuple[str, tuple[str, int, int]], _Asked] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._background = Background()
         self.reroutes = 0
         """times that another peer was asked because the first one failed"""
 
@@ -137,7 +137,7 @@ class Onward:
                 for peer_id in given_up - {here.peer_id}:  # which may have answered when it was asked again
                     own = going.microbatch
                     word = Working(origin=own.origin, number=own.number, start=going.end).model_dump()
-                    self._spawn(self._calls.notify(peer_id, "withdrawn", word, deadline_s=WORKING_S))
+                    self._background.spawn(self._calls.notify(peer_id, "withdrawn", word, deadline_s=WORKING_S))
                 return answer
             except NetworkError as error:
                 since = clock() if failed else since
@@ -199,17 +199,5 @@ class Onward:
         going.rest = list(answer.path)
         return answer, data
 
-    def _spawn(self, awaitable: Awaitable[Any]) -> None:
-        """Something that nobody waits for, and whose failing changes nothing."""
-        async def quietly() -> None:
-            with contextlib.suppress(NetworkError, asyncio.CancelledError):
-                await awaitable
-
-        task = asyncio.ensure_future(quietly())
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
     async def stop(self) -> None:
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._background.stop()

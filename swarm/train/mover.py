@@ -220,11 +220,13 @@ class Mover:
             await self._end(set(range(*old)) - set(range(*kept)))
         if stage == NO_STAGE:
             return
+        begins = stage[0] == 0 and (kept == NO_STAGE or kept[0] > 0)
+        stream = await parts.stream() if begins else None  # before it serves: it may not be there
         made = await asyncio.to_thread(stage_of, parts.run, [self._pieces[index] for index in range(*stage)])
         await parts.averager.context.at_boundary(lambda: parts.serving.compute.restage(made))
         self._say_serving(stage)
-        if stage[0] == 0 and (kept == NO_STAGE or kept[0] > 0):
-            await parts.trainer.originate(await parts.stream())
+        if stream is not None:
+            await parts.trainer.originate(stream)
 
     async def _end(self, fragments: set[int]) -> None:
         """Microbatches under way on these fragments, which are not served any more: end them, here or elsewhere."""

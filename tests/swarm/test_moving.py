@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import defaultdict
 from pathlib import Path
 
@@ -75,12 +76,14 @@ def test_a_fragment_whose_holders_all_die_is_back_by_placement_alone(tmp_path: P
         rarest = min(range(4), key=lambda index: len(holders[index]))
         assert 1 <= len(holders[rarest]) <= 2, "four peers' places are spread"
         moves.clear()
+        killed_at = time.monotonic()
         children = [child for peer in holders[rarest] for child in kill(peer)]
         alive = swarm.running()
         swarm.wait_for(
             lambda: {index for peer in alive for index in fragments(peer)} == {0, 1, 2, 3}, timeout_s=120,
             what=f"fragment {rarest} to be back",
         )
+        print(f"fragment {rarest} was served again {time.monotonic() - killed_at:.0f} s after its holders were killed")
         assert moves and all("nobody else holds some of them" in text for text in moves)
         before = newest_of(alive)  # not of the dead: a spare copy may be some rounds older
         swarm.wait_for(
