@@ -60,8 +60,11 @@ class _Entry(Handover):
     """A microbatch at this peer."""
 
     at: float = 0.0
+    """when it was begun, was answered, or the last call that waited for it ended"""
     askers: set[str] = field(default_factory=set)
     """who wants the answer; nobody any more: it is forgotten"""
+    waiting: int = 0
+    """calls that wait for it"""
     task: asyncio.Task[Answer] | None = None
 
     def is_answered(self) -> bool:
@@ -75,9 +78,9 @@ class Chain:
 
     def __init__(
         self, me: str, calls: Calls, work: Work, compute: StageCompute, router: Router, *, shape: Shape,
-        first: int, end: int, holders: Callable[[], Sequence[Holder]], bits: Bits = 8, back_bits: Bits = 8,
+        first: int, end: int, holders: Callable[[], Sequence[Holder]], is_alive: Callable[[str], bool],
+        bits: Bits = 8, back_bits: Bits = 8,
         is_ready: Callable[[int, int, int], bool] = lambda start, end, version: True, max_in_flight: int = 64,
-        is_alive: Callable[[str], bool] = lambda peer_id: True,
     ) -> None:
         """Fragments [first, end) are held here. `holders`: the other peers that are alive; `is_ready(start, end,
         version)`: are these fragments at that version here (`sync` runs)? `max_in_flight`: microbatches that there is
@@ -114,6 +117,7 @@ class Chain:
                 microbatch, body, vocabulary=self.shape.vocabulary, hidden=self.shape.hidden
             ))
         entry.askers.add(asker)
+        entry.waiting += 1
         assert entry.task is not None
         pulse = asyncio.ensure_future(self._tell_working(asker, entry))
         try:
@@ -124,6 +128,8 @@ class Chain:
             raise
         finally:
             pulse.cancel()
+            entry.waiting -= 1
+            entry.at = asyncio.get_running_loop().time()
 
     def on_working(self, sender: str, working: Working) -> None:
         self.onward.on_working(sender, working)
@@ -188,7 +194,7 @@ class Chain:
         if (microbatch.origin, microbatch.number) in self._done:
             raise PeerRefused("that microbatch is done")
         if len(self._entries) >= self.max_in_flight:
-            self._forget_orphans()
+            self._background.spawn(self._forget(self._orphans()))
         here = (entry.microbatch for entry in self._entries.values())
         admission.check(microbatch, here, shape=self.shape, max_in_flight=self.max_in_flight, me=self._me)
         entry = _Entry(microbatch, at=asyncio.get_running_loop().time())
@@ -316,24 +322,29 @@ class Chain:
     # -- the end ----------------------------------------------------------------------------------------------------
 
     async def forget_old(self) -> None:
-        """Microbatches whose origin has not spoken for `FORGET_S` since they were computed; call it now and then."""
+        """Microbatches whose origin has not spoken for `FORGET_S` since they were computed, and those under way that
+        nobody waits for; call it now and then."""
         now = asyncio.get_running_loop().time()
         old = [
             key for key, entry in self._entries.items()
             if entry.task is not None and entry.task.done() and now - entry.at > FORGET_S
         ]
-        await self._forget(old)
+        await self._forget(old + [key for key in self._orphans() if not self._entries[key].is_answered()])
         self._router.forget([holder.peer_id for holder in self._holders()])
 
-    def _forget_orphans(self) -> None:
-        """Where there is no room: microbatches whose origin is not there any more, be they under way or waiting for its
-        verdict. In a small peer a few of those would keep everybody else out until `FORGET_S`."""
+    def _orphans(self) -> list[tuple[str, int, int]]:
+        """Microbatches whose origin is not there any more: under way and nobody has waited for them for a while (who
+        needs one asks again within seconds), or waiting for its verdict. In a small peer a few of them would keep
+        everybody else out, and they would go on asking others."""
         now = asyncio.get_running_loop().time()
-        self._background.spawn(self._forget([
-            key for key, entry in self._entries.items()
-            if now - entry.at > ORPHAN_S and entry.microbatch.train  # guests hold nothing
-            and key[0] != self._me and not self._is_alive(key[0])
-        ]))
+
+        def is_orphan(entry: _Entry) -> bool:
+            origin = entry.microbatch.origin
+            if origin == self._me or now - entry.at <= ORPHAN_S:
+                return False
+            return not self._is_alive(origin) if entry.is_answered() else not entry.waiting
+
+        return [key for key, entry in self._entries.items() if is_orphan(entry)]
 
     async def _forget(self, keys: list[tuple[str, int, int]]) -> None:
         for key in keys:

@@ -84,6 +84,7 @@ async def serve(
         shape=Shape.of(run, hidden=config.hidden_size, vocabulary=config.vocab_size), first=first, end=end,
         max_in_flight=in_flight, holders=lambda: calls.holders(network.directory.alive()), bits=bits,
         back_bits=back_bits, is_ready=is_ready,
+        is_alive=lambda peer_id: peer_id in network.directory.alive(),
     )
 
     def new_origin(stream: PackedStream, on_done: Callable[[float, int], None]) -> Origin:

@@ -103,6 +103,7 @@ class Peer:
         self.router = Router(clock=asyncio.get_running_loop().time, rng=random.Random(name))
         self.chain = Chain(
             self.id, self, self.work, self.compute, self.router, first=first, end=end, holders=self.holders,
+            is_alive=lambda peer_id: not world.peers[peer_id].forgotten,
             shape=Shape(world.num_fragments, HIDDEN, VOCABULARY, 10 * LENGTH), bits=world.bits,
             back_bits=world.back_bits,
         )

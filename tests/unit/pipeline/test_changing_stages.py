@@ -157,3 +157,35 @@ def test_a_dead_origin_makes_room_and_one_that_is_alive_keeps_its_places(dead: b
         assert peer.compute.in_flight == 1 == peer.chain.in_use({1})
 
     play(story())
+
+
+@pytest.mark.parametrize("swept", [True, False])
+def test_what_a_dead_origin_has_under_way_is_given_up_and_asks_nobody_any_more(swept: bool) -> None:
+    """Its call has ended with its link, and nobody else asks for the rest: the place is free after a while."""
+    async def story() -> None:
+        world = World(3, seed=4)
+        gone, other, peer = Peer(world, "gone", 0, 1), Peer(world, "other", 0, 1), Peer(world, "peer", 1, 2)
+        peer.chain.max_in_flight = 1
+        asking = asyncio.ensure_future(ask(world, gone, peer, number=1))
+        await asyncio.sleep(chain.ORPHAN_S + 1)
+        await peer.chain.forget_old()
+        with pytest.raises(PeerRefused, match=admission.BUSY):
+            await ask(world, other, peer, number=2)
+        assert peer.chain.in_use({1}) == 1 and not asking.done(), "as long as somebody waits it goes on looking"
+        asking.cancel()
+        await asyncio.sleep(chain.ORPHAN_S / 2)
+        await peer.chain.forget_old()
+        assert peer.chain.in_use({1}) == 1, "somebody may ask again for the answer"
+        await asyncio.sleep(chain.ORPHAN_S)
+        if swept:
+            await peer.chain.forget_old()
+        else:
+            with pytest.raises(PeerRefused, match=admission.BUSY):
+                await ask(world, other, peer, number=2)
+        await asyncio.sleep(0.5)
+        assert peer.chain.in_use({1}) == 0 == peer.compute.in_flight
+        Peer(world, "end", 2, 3)
+        await ask(world, other, peer, number=2)
+        assert peer.chain.in_use({1}) == 1
+
+    play(story())
