@@ -4,7 +4,7 @@
     request = REQUEST {"m": method, "h": header, "n": body bytes}, then frames REQUEST_BODY
     answer  = ANSWER {"h": header, "n": body bytes}, then frames ANSWER_BODY;   or   REFUSED {"why": text}
     CANCEL  = the asker has given up on `call`
-    ARRIVED = the bytes of bodies that have arrived on this stream so far (8 bytes); see pacing.py
+    ARRIVED = the bytes of bodies that have arrived on this stream so far, and when (16 bytes); see pacing.py
 
 A request with "q" is quiet: nobody waits for an answer, and none is sent.
 
@@ -54,17 +54,22 @@ async def read(reader: asyncio.StreamReader) -> tuple[int, int, bytes]:
     return kind, call, await reader.readexactly(length)
 
 
-_TOTAL = struct.Struct("!Q")
+_ARRIVED = struct.Struct("!Qd")
 
 
-def pack_arrived(total: int) -> bytes:
-    return pack(ARRIVED, 0, _TOTAL.pack(total))
+def pack_arrived(total: int, *, at: float) -> bytes:
+    """`at`: seconds of our own clock, whose zero is anywhere."""
+    return pack(ARRIVED, 0, _ARRIVED.pack(total, at))
 
 
-def parse_arrived(payload: bytes) -> int:
-    if len(payload) != _TOTAL.size:
+def parse_arrived(payload: bytes) -> tuple[int, float]:
+    """(bytes that have arrived, when by the other side's clock). Raises BadMessage."""
+    if len(payload) != _ARRIVED.size:
         raise BadMessage("a number of arrived bytes that is none")
-    return int(_TOTAL.unpack(payload)[0])
+    total, at = _ARRIVED.unpack(payload)
+    if not math.isfinite(at):
+        raise BadMessage("bytes that arrived at no time")
+    return int(total), float(at)
 
 
 def pack_head(head: dict[str, Any]) -> bytes:

@@ -198,7 +198,9 @@ class Link:
                 self._wake.clear()
                 batch = list(self._urgent)
                 self._urgent.clear()
-                if self._bulk and self.pacing.room() > 0:
+                may_send = bool(self._bulk) and self.pacing.room() > 0
+                pause_s = self.pacing.wait_s(loop.time()) if may_send else 0.0
+                if may_send and not pause_s:
                     batch.append(self._next_bulk(loop.time()))
                 if batch:
                     data = b"".join(batch)
@@ -206,6 +208,9 @@ class Link:
                     self.bytes_sent += len(data)
                     if self._writer.transport.get_write_buffer_size():  # else it went straight into the socket
                         await asyncio.wait_for(self._writer.drain(), STALL_S)
+                elif pause_s:
+                    loop.call_later(pause_s, self._wake.set)
+                    await self._wake.wait()
                 elif self._bulk:
                     left_s = self.pacing.progress_at + STALL_S - loop.time()
                     await asyncio.wait_for(self._wake.wait(), max(left_s, 0.01))
@@ -245,7 +250,8 @@ class Link:
                 elif kind == frames.CANCEL:
                     self._on_cancel(call)
                 elif kind == frames.ARRIVED:
-                    self.pacing.on_arrived(frames.parse_arrived(payload), now=self.last_heard)
+                    total, there_at = frames.parse_arrived(payload)
+                    self.pacing.on_arrived(total, there_at=there_at, now=self.last_heard)
                     self._wake.set()
                 else:
                     self._on_answer(kind, call, payload)
@@ -262,7 +268,7 @@ class Link:
         self._bodies_received += size
         if self._bodies_received - self._acknowledged >= ACK_BYTES:
             self._acknowledged = self._bodies_received
-            self._urgent.append(frames.pack_arrived(self._bodies_received))
+            self._urgent.append(frames.pack_arrived(self._bodies_received, at=self.last_heard))
             self._wake.set()
 
     def _on_request(self, call: int, payload: bytes) -> None:

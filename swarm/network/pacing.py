@@ -3,9 +3,12 @@
 Whatever is written to a link waits in libp2p, in the kernel and in the home router until the uplink has sent it, and
 what is written after it waits behind it: up to several megabytes, which are seconds on 10 Mbit/s, and peers were taken
 for dead while they sent (that is what ends torchft on such links; notes of ft-diloco, 2026). So the receiver says how
-much has arrived, and the sender keeps only so much under way that the delay stays within `TARGET_S` of the smallest
-that was seen: the idea of LEDBAT (RFC 6817), applied to a window as in TCP Vegas. Until the path has once been full the
-window doubles each round trip, as in slow start.
+much has arrived, and when, and the sender keeps only so much under way that the delay there stays within `TARGET_S` of
+the smallest that was seen: LEDBAT (RFC 6817), applied to a window as in TCP Vegas. Only the way there counts: what the
+receiver says comes back behind its own bodies, and with round trips for a measure two peers that send to each other
+both took the other's queue for theirs, and each of their lines was half empty. The two clocks need not agree, since
+delays are compared with each other only. Until the path has once been full the window doubles each round trip, as in
+slow start.
 
 TCP itself starts anew after each pause, from 14 kB a round trip, and what waits for it looks like a full path. It is
 none as long as more arrives each round trip than in the one before, which is how BBR (Cardwell et al. 2016) sees the
@@ -28,9 +31,14 @@ MAX_WINDOW = 64 * 1024 * 1024
 TARGET_S = 0.1
 """of delay that our own bytes may add. Home routers buffer 100 ms and more; less would mistake a busy CPU for a
 queue"""
-RTT_MEMORY_S = 30.0
+DELAY_MEMORY_S = 30.0
 GROWTH = 0.25
 """a round trip, once the path has been full: doubling again would add a whole round trip of delay each time"""
+PACE, BURST_S = 1.25, 0.01
+"""Once the path has been full, bytes leave at most so many times as fast as it was then, or is now, in bursts of at most
+so long. Else two peers that send to each other fall into step: what is said of one's bytes comes back
+behind a whole window of the other's and lets go a whole window at once, and one of the lines is always empty. Simulated,
+100 Mbit/s: both were three quarters full; now they are full, with a shorter queue"""
 RATE_MEMORY_S = 2.0
 """the fastest of so long counts: a measured rate is too low where we had nothing to send or a machine was busy, and
 never much too high (BBR, too)"""
@@ -47,12 +55,13 @@ class _Mark:
     sent: int
     at: float
     arrived: int
-    """that the other side had said by then, and when it had said so"""
-    arrived_at: float
+    """that the other side had said by then"""
+    there_at: float | None
+    """when that had arrived, by the other side's clock; None: we were idle, so that it says nothing of the rate"""
 
 
 class Pacing:
-    """One direction of one link. Times are seconds on the caller's clock."""
+    """One direction of one link. Times are seconds on the caller's clock, but for `there_at`."""
 
     def __init__(self) -> None:
         self.window = FIRST_WINDOW
@@ -62,8 +71,9 @@ class Pacing:
         self.progress_at = float("-inf")
         """when something arrived last, or when bytes were sent after a pause"""
         self._marks: deque[_Mark] = deque()
-        self._arrived_at = float("-inf")
-        self._rtts: deque[tuple[float, float]] = deque()
+        self._there_at: float | None = None
+        self._free_at, self._full_rate = float("-inf"), 0.0
+        self._delays: deque[tuple[float, float]] = deque()
         self._rates: deque[tuple[float, float]] = deque()
         self._limited = self._was_full = False
         self._round_trip_ends = self._flat = 0
@@ -78,36 +88,45 @@ class Pacing:
             self._limited = True
         return free
 
+    def wait_s(self, now: float) -> float:
+        """How long the next bytes should wait although there is room for them; 0: not at all."""
+        return max(0.0, self._free_at - now)
+
     def on_sent(self, size: int, *, now: float) -> None:
         if self.sent - self.arrived < ACK_BYTES:  # idle until now, so TCP starts anew, and the rate is measured anew
-            self.progress_at = self._arrived_at = now
+            self.progress_at, self._there_at = now, None
             self._flat, self._best, self._reference = 0, 0.0, 0.0
             self._round_trip_ends = self.sent + size
         self.sent += size
-        self._marks.append(_Mark(self.sent, now, self.arrived, self._arrived_at))
+        if self._was_full:  # what is measured after a pause is too slow, so what was measured of a full path counts, too
+            self._free_at = max(self._free_at, now - BURST_S) + size / (PACE * max(self.bytes_per_s, self._full_rate))
+        self._marks.append(_Mark(self.sent, now, self.arrived, self._there_at))
 
-    def on_arrived(self, total: int, *, now: float) -> None:
-        """The other side has `total` bytes of bodies by now. A number that cannot be is ignored."""
+    def on_arrived(self, total: int, *, there_at: float, now: float) -> None:
+        """The other side had `total` bytes of bodies at `there_at` of its own clock, whose zero is anywhere. A number
+        that cannot be is ignored."""
         if not self.arrived < total <= self.sent:
             return
         newly, self.arrived = total - self.arrived, total
-        self.progress_at = self._arrived_at = now
+        self.progress_at, self._there_at = now, there_at
         mark = self._newest_mark(total)
         if mark is None:
             return
-        elapsed_s = now - mark.arrived_at
+        rtt_s = now - mark.at
+        elapsed_s = rtt_s if mark.there_at is None else there_at - mark.there_at
         if elapsed_s > 0:
             rate = (total - mark.arrived) / elapsed_s
             self.bytes_per_s = -_smallest(self._rates, -rate, now, memory_s=RATE_MEMORY_S)
             self._follow(rate)
-        rtt_s = now - mark.at
-        floor_s = _smallest(self._rtts, rtt_s, now, memory_s=RTT_MEMORY_S)
-        if rtt_s > floor_s + TARGET_S:
+        delay_s = there_at - mark.at
+        queue_s = delay_s - _smallest(self._delays, delay_s, now, memory_s=DELAY_MEMORY_S)
+        empty_s = max(0.0, rtt_s - queue_s)  # the round trip without what our own bytes add to it
+        if queue_s > TARGET_S:
             if self._flat >= FLAT_ROUND_TRIPS:
-                self._was_full = True
-                self._resize(int(self.bytes_per_s * (floor_s + TARGET_S / 2)))
+                self._was_full, self._full_rate = True, self.bytes_per_s
+                self._resize(int(self.bytes_per_s * (empty_s + TARGET_S / 2)))
         elif self._limited:
-            filled = self._was_full and self.window >= self.bytes_per_s * floor_s
+            filled = self._was_full and self.window >= self.bytes_per_s * empty_s
             self._resize(self.window + int(newly * (GROWTH if filled else 1)))
         self._limited = False
 

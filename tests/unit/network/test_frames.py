@@ -176,3 +176,15 @@ def test_we_never_send_what_others_would_refuse():
         frames.pack_head({"a": float("nan")})
     with pytest.raises(AssertionError, match="put it in the body"):
         frames.pack_head({"a": "x" * frames.MAX_HEAD_BYTES})
+
+
+def test_what_has_arrived_and_when():
+    assert frames.parse_arrived(frames.pack_arrived(2**40, at=-1.5)[frames.HEADER_BYTES:]) == (2**40, -1.5)
+
+
+@pytest.mark.parametrize("payload", [
+    b"", bytes(8), bytes(17), struct.pack("!Qd", 1, float("nan")), struct.pack("!Qd", 1, float("inf")),
+])
+def test_bytes_that_arrived_at_no_time_are_refused(payload):
+    with pytest.raises(BadMessage):
+        frames.parse_arrived(payload)

@@ -1,5 +1,6 @@
 """Pacing on simulated paths: a rate, a latency, a queue of any length, and what our own bytes add to it."""
 
+import heapq
 import random
 from collections import deque
 
@@ -33,6 +34,10 @@ class Tcp:
         return free_at
 
 
+THEIR_ZERO_S = -12_345.0
+"""the other side's clock shows something else"""
+
+
 def transfer(pacing, total, *, bytes_per_s, rtt_s, jitter_s=0.0, start=0.0, seed=0, tcp=None):
     """Send `total` bytes through a bottleneck with an endless queue; returns (seconds, largest delay in the queue)."""
     dice = random.Random(seed)
@@ -42,6 +47,9 @@ def transfer(pacing, total, *, bytes_per_s, rtt_s, jitter_s=0.0, start=0.0, seed
     first = pacing.sent
     while came < total:
         while sent < total and pacing.room() > 0:
+            if (wait_s := pacing.wait_s(now)) and acks and acks[0][0] < now + wait_s:
+                break
+            now += wait_s
             size = min(FRAME, total - sent)
             pacing.on_sent(size, now=now)
             sent += size
@@ -53,11 +61,83 @@ def transfer(pacing, total, *, bytes_per_s, rtt_s, jitter_s=0.0, start=0.0, seed
             unacknowledged += size
             if unacknowledged >= ACK_BYTES or sent == total:
                 unacknowledged = 0
-                acks.append((free_at + rtt_s + dice.uniform(0, jitter_s), first + sent))
-        now, arrived = acks.pop(0)
+                acks.append((free_at + rtt_s + dice.uniform(0, jitter_s), free_at + rtt_s / 2, first + sent))
+        now, there_at, arrived = acks.pop(0)
         came = arrived - first
-        pacing.on_arrived(arrived, now=now)
+        pacing.on_arrived(arrived, there_at=there_at + THEIR_ZERO_S, now=now)
     return now - start, largest
+
+
+class Line:
+    """A home line's way up, with an endless queue: what goes into it comes out in the same order."""
+
+    def __init__(self, bytes_per_s):
+        self.bytes_per_s, self.free_at, self.used_s, self.longest_s = bytes_per_s, 0.0, 0.0, 0.0
+
+    def leaves(self, size, *, now):
+        self.longest_s = max(self.longest_s, self.free_at - now)
+        self.free_at = max(self.free_at, now) + size / self.bytes_per_s
+        self.used_s += size / self.bytes_per_s
+        return self.free_at
+
+
+def exchange(ways, *, bytes_per_s, latency_s, seconds):
+    """Everybody always has something to send on its `ways` [(sender, receiver)]; what a receiver says of it waits in
+    its own line. Returns each peer's line, from its half time on."""
+    lines = {peer: Line(bytes_per_s) for way in ways for peer in way}
+    pacings = {way: Pacing() for way in ways}
+    arrived, said = dict.fromkeys(ways, 0), dict.fromkeys(ways, 0)
+    events, count, halved, again = [], 0, False, dict.fromkeys(ways, 0.0)
+
+    def later(at, *what):
+        nonlocal count
+        heapq.heappush(events, (at, count := count + 1, *what))
+
+    def send(now):
+        open_ways = list(ways)
+        while open_ways:
+            open_ways = [way for way in open_ways if pacings[way].room() > 0]
+            for way in list(open_ways):
+                if wait_s := pacings[way].wait_s(now):
+                    open_ways.remove(way)
+                    if again[way] <= now:
+                        again[way] = now + wait_s
+                        later(again[way], "again", way, None)
+                else:
+                    pacings[way].on_sent(FRAME, now=now)
+                    later(lines[way[0]].leaves(FRAME, now=now) + latency_s, "body", way, FRAME)
+
+    send(0.0)
+    while events and events[0][0] < seconds:
+        now, _, what, way, value = heapq.heappop(events)
+        if now > seconds / 2 and not halved:
+            halved = True
+            for line in lines.values():
+                line.used_s = line.longest_s = 0.0
+        if what == "body":
+            arrived[way] += value
+            if arrived[way] - said[way] >= ACK_BYTES:
+                said[way] = arrived[way]
+                at = lines[way[1]].leaves(25, now=now) + latency_s
+                later(at, "said", way, (arrived[way], now + THEIR_ZERO_S))
+        elif what == "said":
+            total, there_at = value
+            pacings[way].on_arrived(total, there_at=there_at, now=now)
+        send(now)
+    return lines
+
+
+@pytest.mark.parametrize("mbit", [10, 100])
+@pytest.mark.parametrize("ways", [
+    [("a", "b"), ("b", "a")],
+    [("a", "b"), ("b", "a"), ("b", "c"), ("c", "b"), ("c", "d"), ("d", "c")],
+])
+def test_lines_that_are_used_in_both_directions_are_full(ways, mbit):
+    """What is said of arrived bytes waits behind bodies: it is no queue of the one who sent them."""
+    lines = exchange(ways, bytes_per_s=mbit * 1e6 / 8, latency_s=0.04, seconds=30.0)
+    for line in lines.values():
+        assert line.used_s > 0.9 * 15.0
+        assert line.longest_s < 3 * TARGET_S + 2 * MIN_WINDOW / line.bytes_per_s
 
 
 @pytest.mark.parametrize("mbit", [2, 10, 20, 100, 1000])
@@ -128,9 +208,9 @@ def test_jitter_does_not_throttle_it_to_nothing():
 def test_a_lie_about_what_arrived_changes_nothing(total):
     pacing = Pacing()
     pacing.on_sent(1000, now=0.0)
-    pacing.on_arrived(500, now=1.0)
+    pacing.on_arrived(500, there_at=1.0, now=1.0)
     room = pacing.room()
-    pacing.on_arrived(total, now=2.0)
+    pacing.on_arrived(total, there_at=2.0, now=2.0)
     assert pacing.room() == room and pacing.arrived == 500
     assert MIN_WINDOW <= pacing.window <= MAX_WINDOW
 
