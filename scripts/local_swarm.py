@@ -78,19 +78,21 @@ class LocalSwarm:
         """Start a peer; `number` of an earlier one gives it that one's home folder."""
         number = len(self.peers) if number is None else number
         home = self.home / f"peer-{number}"
-        command = [
-            sys.executable, "-m", "swarm.peer", "--ui", "json", "--home", str(home),
-            "--listen", "/ip4/127.0.0.1/tcp/0", "--threads", str(self.threads), *arguments,
-        ]
-        process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-            preexec_fn=finish_with_parent,
-        )
+        process = self._launch([
+            "--ui", "json", "--home", str(home), "--listen", "/ip4/127.0.0.1/tcp/0", "--threads", str(self.threads),
+            *arguments,
+        ])
         peer = LocalPeer(number, home, process)
         self.peers.append(peer)
         threading.Thread(target=self._read, args=(peer,), daemon=True).start()
         threading.Thread(target=self._read_errors, args=(peer,), daemon=True).start()
         return peer
+
+    def _launch(self, arguments: list[str]) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, "-m", "swarm.peer", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            start_new_session=True, preexec_fn=finish_with_parent,
+        )
 
     def pump(self, *, timeout_s: float = 0.2) -> bool:
         """Handle events for at most `timeout_s`; False when none came."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from swarm.config import PeerConfig
 from swarm.events import Bus, Event
 from swarm.host.home import Home
 from swarm.train.participant import Participant
+from tests.swarm.forked import Forked
 
 TEXT = "The quick brown fox jumps over the lazy dog, and the dog does not mind at all. "
 
@@ -54,20 +56,30 @@ def wait_until(condition: Callable[[], bool], *, timeout_s: float, what: str) ->
 
 
 class Swarm(LocalSwarm):
-    """Peers that are ready give way to those that start and take seconds of a processor to import: each start of one
-    took several times as long while the others trained as fast as they can. `autogroup`: Linux shares the processor
-    between sessions first, and each peer is one, so priorities of its threads mean nothing to other peers."""
+    """Peers that are ready give way to those that start, which took several times as long while the others trained as
+    fast as they can. `autogroup`: Linux shares the processor between sessions first, and each peer is one, so
+    priorities of its threads mean nothing to other peers."""
 
     NICENESS = 5
 
-    def __init__(self, home: Path, *, on_event: Callable[[LocalPeer, dict[str, Any]], None] = lambda *_: None) -> None:
+    def __init__(
+        self, home: Path, *, on_event: Callable[[LocalPeer, dict[str, Any]], None] = lambda *_: None,
+        forked: bool = True,
+    ) -> None:
+        """`forked`: peers need not import anything (forked.py); else they are started as a person starts them."""
         def hear(peer: LocalPeer, event: dict[str, Any]) -> None:
             if event["event"] == "ready":
                 self._give_way(peer)
             heard(peer, event)
 
-        heard = on_event
+        heard, self._forked = on_event, forked
         super().__init__(home, on_event=hear)
+
+    def _launch(self, arguments: list[str]) -> subprocess.Popen[str]:
+        if not self._forked:
+            return super()._launch(arguments)
+        peer: Any = Forked(arguments)
+        return peer
 
     def _give_way(self, peer: LocalPeer) -> None:
         with contextlib.suppress(OSError):  # it has ended, or this is no Linux, or one without this

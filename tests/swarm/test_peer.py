@@ -121,7 +121,7 @@ def start_twin(home: Path, *arguments: str) -> subprocess.Popen[str]:
 
 def test_a_life_from_the_first_start_to_sigkill(folder: Path) -> None:
     ears = Ears()
-    with Swarm(folder, on_event=ears) as swarm:
+    with Swarm(folder, on_event=ears, forked=False) as swarm:
         first = swarm.start_peer("--new-swarm", "--run", str(write_run(folder)))
         ready(swarm, first)
         words = shlex.split(first.last("ready", "join"))
