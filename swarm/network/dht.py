@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import hivemind.dht.protocol
@@ -92,8 +92,11 @@ def _plain(data: bytes, kind: type) -> Any:
 
 
 class Dht:
-    def __init__(self, node: DHTNode, keypair: Keypair, clock: Callable[[], float]) -> None:
-        self._node, self._keypair, self._clock = node, keypair, clock
+    def __init__(
+        self, node: DHTNode, keypair: Keypair, clock: Callable[[], float], *, first: Sequence[str] = ()
+    ) -> None:
+        """`first`: peer ids of those through whom we have come."""
+        self._node, self._keypair, self._clock, self._first = node, keypair, clock, first
 
     @classmethod
     async def start(
@@ -113,7 +116,7 @@ class Dht:
         except Exception as error:  # a daemon that died leaves hivemind waiting, or raising any kind
             why = str(error) or type(error).__name__
             raise NetworkError("cannot start the DHT", why=why, do="try again; -v says more") from error
-        return cls(node, keypair, clock)
+        return cls(node, keypair, clock, first=[maddr.rsplit("/", 1)[-1] for maddr in initial_peers])
 
     async def meet(self, peer_id: str) -> None:
         """Add a peer that we are linked to to the routing table (and ourselves to its). A failure is no news."""
@@ -122,6 +125,11 @@ class Dht:
             await asyncio.wait_for(ping, CALL_S)
         except Exception as error:
             log.debug("the DHT cannot meet %s: %s", peer_id, error)
+
+    async def meet_again(self) -> None:
+        """Those through whom we have come, once more: a first contact that failed on a busy machine would leave us alone
+        in an empty DHT for good."""
+        await asyncio.gather(*(self.meet(peer_id) for peer_id in self._first))
 
     async def publish(self, key: str, payload: str, *, ttl_s: float) -> bool:
         """Store our entry under `key` for `ttl_s` seconds; False where nobody took it. ValueError: it is too long."""

@@ -150,6 +150,7 @@ async def find_run(dht: Dht, *, run_id: str | None, deadline_s: float) -> RunCon
         if loop.time() + RETRY_S > deadline:
             break
         await asyncio.sleep(RETRY_S)
+        await dht.meet_again()
     if problem is not None:
         why = str(problem)
         raise JoinError("the run config of this swarm cannot be used", why=why, do="join through another peer")

@@ -49,6 +49,21 @@ def test_a_joiner_finds_the_run_and_checks_it(nets):
     assert answered == [first.peer_id]
 
 
+def test_a_joiner_whose_first_contact_with_the_dht_failed_tries_again(nets):
+    """A ping of the DHT's that times out, on a busy machine, leaves nobody in its routing table."""
+    first = published(nets)
+    joiner = nets.start("joiner", initial_peers=first.maddrs, observe=True)  # it keeps no records itself
+    table = joiner.dht._node.protocol.routing_table
+
+    async def forget():
+        for node_id in list(table.uid_to_peer_id):
+            del table[node_id]
+
+    joiner.run(forget())
+    assert not table.uid_to_peer_id and find(joiner) == RUN
+    assert table.uid_to_peer_id
+
+
 def test_when_nobody_answers_each_address_has_its_own_reason(nets):
     with socket.create_server(("127.0.0.1", 0)) as mute:
         silent = f"/ip4/127.0.0.1/tcp/{mute.getsockname()[1]}/p2p/{key_of('silent')}"
