@@ -1,6 +1,6 @@
 """What is left of a pipeline's speed and work while its peers are killed: three stages with two holders each.
 
-A calm window first, then as long a one in which a peer is killed (SIGKILL) every half a minute and started again. Peers
+A calm window first, then one in which a peer is killed (SIGKILL) every half a minute and started again. Peers
 compute for real and then sleep until a set time is over (systems/emulated.py), so that six fit on one machine. The
 books are made of what each process told of each microbatch, fragment by fragment:
 
@@ -16,7 +16,7 @@ import json
 import random
 import statistics
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -49,15 +49,16 @@ QUICK_PARTS, QUICK_S, QUICK_EVERY_S = ((0, 3), (3, 6), (3, 6)), 10.0, 10.0
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--churn-topology", default="home-100", metavar="NAME", help="churn: of the WAN lab (home-100)")
-    parser.add_argument("--churn-seconds", type=float, default=300.0, metavar="S", help="churn: of both windows (300)")
+    parser.add_argument("--churn-seconds", type=float, default=300.0, metavar="S", help="churn: of the kills (300)")
+    parser.add_argument("--calm-seconds", type=float, default=120.0, metavar="S", help="churn: of the calm one (120)")
     parser.add_argument("--every", type=float, default=30.0, metavar="S", help="churn: between two kills (30)")
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     parts: Sequence[tuple[int, int]] = PARTS * NUM_HOLDERS
-    seconds, every_s = options.churn_seconds, options.every
+    calm_s, seconds, every_s = options.calm_seconds, options.churn_seconds, options.every
     if options.quick:
-        parts, seconds, every_s = QUICK_PARTS, QUICK_S, QUICK_EVERY_S
+        parts, calm_s, seconds, every_s = QUICK_PARTS, QUICK_S, QUICK_S, QUICK_EVERY_S
     run = deeper_run(common.run_of(options), num_fragments=parts[-1][1])
     topology = more_hosts(load(options.churn_topology), len(parts))
     specs = [StageSpec(part, SERVICE_S) for part in parts]
@@ -65,7 +66,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     with common.workspace() as folder, common.lab(topology) as lab:
         setup = Setup(common.write(run, folder / "bench.yaml"), len(parts), None, folder / "swarm", run.seed)
         with LabSwarm(lab, Stages(specs, emulate=False), setup) as swarm:
-            found = live(swarm, faults, seconds=seconds, settle_s=SETTLE_S / 5 if options.quick else SETTLE_S)
+            settle_s = SETTLE_S / 5 if options.quick else SETTLE_S
+            found = live(swarm, faults, settle_s=settle_s, calm_s=calm_s, seconds=seconds)
             lives = list(swarm.lives)
     tokens = microbatch_sequences(run) * run.train.sequence_length
     calm, stormy = (rate(lives, began, ended) * tokens for began, ended in (found["calm"], found["stormy"]))
@@ -75,16 +77,21 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "kept": stormy / calm if calm else 0.0, "capacity_kept": capacity(lives, parts, *found["stormy"]),
         **reroutes(lives), **books(lives, tokens=tokens, num_fragments=run.fragments),
     }
-    return {"parts": [list(part) for part in parts], "service_ms": 1e3 * SERVICE_S, "seconds": seconds, "rows": [row]}
+    return {
+        "parts": [list(part) for part in parts], "service_ms": 1e3 * SERVICE_S, "calm_s": calm_s, "seconds": seconds,
+        "rows": [row],
+    }
 
 
-def live(swarm: LabSwarm, faults: list[Fault], *, seconds: float, settle_s: float) -> dict[str, Any]:
+def live(
+    swarm: LabSwarm, faults: list[Fault], *, settle_s: float, calm_s: float, seconds: float
+) -> dict[str, Any]:
     """When the windows were, and what was said by peers that ended by themselves."""
     swarm.start_all()
     swarm.wait(lambda: bool(done(swarm.lives)), timeout_s=FIRST_S, what="the first microbatch")
     swarm.sleep(settle_s)
     calm = time.monotonic()
-    swarm.sleep(seconds)
+    swarm.sleep(calm_s)
     mischief = Mischief(swarm, faults)
     badly = endure(swarm, mischief, lambda: time.monotonic() >= mischief.began + seconds)
     over = time.monotonic()
@@ -111,7 +118,11 @@ def kills(parts: Sequence[tuple[int, int]], *, seed: int, seconds: float, every_
 
 def done(lives: Sequence[Peer]) -> list[dict[str, Any]]:
     """What origins said of microbatches, each with the origin's id."""
-    return [{**line, "origin": identity(life), "life": life} for life in lives for _, line in life.of("done")]
+    found = []
+    for life in lives:
+        origin = identity(life)
+        found += [{**line, "origin": origin, "life": life} for _, line in life.of("done")]
+    return found
 
 
 def identity(life: Peer) -> str:
@@ -172,10 +183,13 @@ def books(lives: Sequence[Peer], *, tokens: int, num_fragments: int) -> dict[str
     )
     found = {name: [0] * num_fragments for name in ("done", "lost", "twice", "gone")}
     known = set()
+    lives_of = defaultdict[str, list[Peer]](list)
+    for life in lives:
+        lives_of[identity(life)].append(life)
     for line in done(lives):
         origin_died = dies_after(line["life"], line["at"])
         for peer_id, start, end in line["path"]:
-            holder_died = any(identity(life) == peer_id and dies_after(life, line["at"]) for life in lives)
+            holder_died = any(dies_after(life, line["at"]) for life in lives_of[peer_id])
             for fragment in range(start, end):
                 key = line["origin"], line["number"], fragment
                 known.add(key)
@@ -217,8 +231,8 @@ def table(result: dict[str, Any]) -> str:
             *(_fragments(row[f"{name}_tokens"]) for name in ("lost", "twice", "gone")),
         ])
     notes = [
-        f"stages {result['parts']}, windows of {result['seconds']:.0f} s; computing is real and PADDED by sleeps to"
-        f" {result['service_ms']:.0f} ms a microbatch and stage, since one machine runs all peers",
+        f"stages {result['parts']}, windows of {result['calm_s']:.0f} and {result['seconds']:.0f} s; computing is"
+        f" real and PADDED by sleeps to {result['service_ms']:.0f} ms a microbatch and stage, since one machine runs all peers",
         "holders left: the mean share of its holders that the scarcest stage had, from their death to their being back",
         "tokens by fragment; one number where all are the same",
     ]

@@ -272,7 +272,7 @@ def test_the_churn_table_shows_one_number_where_all_fragments_have_it() -> None:
         "noticed_p50_s": 0.1, "noticed_p95_s": 0.2, "reroute_p50_s": 0.9, "reroute_p95_s": None,
         "lost_tokens": [0, 0], "twice_tokens": [0, 0], "gone_tokens": [256, 512], "ended_by_themselves": ["peer 1: x"],
     }
-    result = {"parts": [[0, 2], [2, 4]], "service_ms": 150.0, "seconds": 300.0, "rows": [row]}
+    result = {"parts": [[0, 2], [2, 4]], "service_ms": 150.0, "calm_s": 120.0, "seconds": 300.0, "rows": [row]}
     text = pipeline.table({"churn": result})
     assert "| 0.90 | 0.80 | 7 | 0.10 / 0.20 | 0.90 / - | 0 | 0 | 256, 512 |" in text
     assert "peer 1: x" in text and "1 more reroutes away from peers that were not dead" in text and "PADDED" in text
