@@ -19,11 +19,11 @@ GUESTS_ONE_IN = 4
 """places for guests: one for so many of training, and at least one"""
 
 
-def check(asked: Microbatch, here: Iterable[Microbatch], *, shape: Shape, max_in_flight: int, me: str) -> None:
+def check(asked: Microbatch, here: Iterable[Microbatch], *, shape: Shape, max_in_flight: int, is_own: bool) -> None:
     """`here`: the microbatches at this peer, its own included; `max_in_flight`: training ones there is memory for.
 
-    Raises BadMessage (never possible) or PeerRefused (not now). What this peer itself begins is not refused for want of
-    room: its origin's credit is the limit."""
+    Raises BadMessage (never possible) or PeerRefused (not now). What this peer itself begins (`is_own`) is not refused
+    for want of room: its origin's credit is the limit."""
     if asked.tokens > shape.max_tokens:
         raise BadMessage(f"a microbatch of {asked.tokens} tokens", why=f"the limit is {shape.max_tokens}")
     if asked.logits:
@@ -32,7 +32,7 @@ def check(asked: Microbatch, here: Iterable[Microbatch], *, shape: Shape, max_in
         size = wire.logits_bytes(asked, vocabulary=shape.vocabulary)
         if size > wire.MAX_LOGITS_BYTES:
             raise BadMessage(f"{size} bytes of logits", why=f"the limit is {wire.MAX_LOGITS_BYTES}")
-    if asked.origin == me:
+    if is_own:
         return
     # those that wait for the processor, for a version or for a verdict, too: each has bytes or gradients here
     alike = sum(other.train == asked.train for other in here)

@@ -102,6 +102,8 @@ class Chain:
         """gradients of fragments [start, end) were added up; on the training thread"""
         self.onward = Onward(me, calls, router, shape=shape, holders=holders, bits=bits, back_bits=back_bits)
         """what is asked of the next peers"""
+        self.onward.myself = self._go_on
+        self.onward.is_held = lambda fragment: self.first <= fragment < self.end
 
     # -- what others ask --------------------------------------------------------------------------------------------
 
@@ -111,11 +113,7 @@ class Chain:
 
     async def serve(self, microbatch: Microbatch, body: bytes, *, asker: str) -> Answer:
         """Do the rest of a microbatch, or join who is doing it. Raises NetworkError."""
-        entry = self._entries.get(microbatch.key)
-        if entry is None:
-            entry = self._begin(microbatch, lambda: wire.read(
-                microbatch, body, vocabulary=self.shape.vocabulary, hidden=self.shape.hidden
-            ))
+        entry = self._entry(microbatch, body, is_own=microbatch.origin == self._me)
         entry.askers.add(asker)
         entry.waiting += 1
         assert entry.task is not None
@@ -130,6 +128,30 @@ class Chain:
             pulse.cancel()
             entry.waiting -= 1
             entry.at = asyncio.get_running_loop().time()
+
+    async def _go_on(self, microbatch: Microbatch, body: bytes) -> Answer:
+        """The rest of a microbatch that has a place here already and was handed over early, to peers that are gone now:
+        its other fragments are computed as a microbatch of their own. Memory is planned for all of them."""
+        entry = self._entry(microbatch, body, is_own=True)
+        entry.waiting += 1
+        assert entry.task is not None
+        try:
+            return await asyncio.shield(entry.task)
+        except asyncio.CancelledError:
+            if entry.task.cancelled():
+                raise PeerRefused("this peer has stopped working") from None
+            if not entry.askers:
+                self._background.spawn(self._forget([microbatch.key]))
+            raise
+        finally:
+            entry.waiting -= 1
+            entry.at = asyncio.get_running_loop().time()
+
+    def _entry(self, microbatch: Microbatch, body: bytes, *, is_own: bool) -> _Entry:
+        """A microbatch that is here, or is begun."""
+        return self._entries.get(microbatch.key) or self._begin(microbatch, is_own=is_own, read=lambda: wire.read(
+            microbatch, body, vocabulary=self.shape.vocabulary, hidden=self.shape.hidden
+        ))
 
     def on_working(self, sender: str, working: Working) -> None:
         self.onward.on_working(sender, working)
@@ -179,19 +201,21 @@ class Chain:
             origin=self._me, number=number, start=0, sequences=len(batch), length=batch.tokens.shape[1],
             bits=self._bits, back_bits=self._back_bits, train=train, version=version, segments=batch.num_segments,
         )
-        entry = self._entries.get(microbatch.key) or self._begin(microbatch, lambda: (batch, None))
+        entry = self._entries.get(microbatch.key) or self._begin(
+            microbatch, lambda: (batch, None), is_own=True
+        )
         assert entry.task is not None
         header, _ = await asyncio.shield(entry.task)
         return records.parse(Gradient, header)
 
-    def _begin(self, microbatch: Microbatch, read: Read) -> _Entry:
+    def _begin(self, microbatch: Microbatch, read: Read, *, is_own: bool) -> _Entry:
         self._check_held(microbatch)
         if (microbatch.origin, microbatch.number) in self._done:
             raise PeerRefused("that microbatch is done")
         if len(self._entries) >= self.max_in_flight:
             self._background.spawn(self._forget(self._orphans()))
         here = (entry.microbatch for entry in self._entries.values())
-        admission.check(microbatch, here, shape=self.shape, max_in_flight=self.max_in_flight, me=self._me)
+        admission.check(microbatch, here, shape=self.shape, max_in_flight=self.max_in_flight, is_own=is_own)
         entry = _Entry(microbatch, at=asyncio.get_running_loop().time())
         self._entries[microbatch.key] = entry
         entry.task = asyncio.ensure_future(self._do(entry, read))

@@ -63,7 +63,7 @@ class Guest:
         )
 
     async def _ask(self, microbatch: Microbatch, batch: Batch) -> tuple[Gradient, bytes]:
-        admission.check(microbatch, (), shape=self.shape, max_in_flight=1, me=self._me)
+        admission.check(microbatch, (), shape=self.shape, max_in_flight=1, is_own=True)
         clock = asyncio.get_running_loop().time
         body = wire.encode_batch(batch, vocabulary=self.shape.vocabulary)
         began = complete_at = clock()

@@ -2,14 +2,15 @@
 
 The next peer is the router's choice, or whoever is said to be at it already (path hints). One that refuses, dies, or is
 silent for `SILENT_S` is passed over: another is asked, from the values that are still here, and is told who does what
-comes after it, so that nothing further down is done twice. Who was given up is told that it is not needed.
+comes after it, so that nothing further down is done twice. Who was given up is told that it is not needed. Where nobody
+else can, and this peer holds the fragment as well, it goes on itself: it had only handed over early, to share the work.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -36,6 +37,9 @@ GUEST_NOBODY_S = 5.0
 AGAIN_S = 0.2
 
 log = logging.getLogger(__name__)
+
+
+Myself = Callable[[Microbatch, bytes], Awaitable[Answer]]
 
 
 class Calls(Protocol):
@@ -97,6 +101,10 @@ class Onward:
         self._shape, self._bits, self._back_bits = shape, bits, back_bits
         self._asked: dict[tuple[str, tuple[str, int, int]], _Asked] = {}
         self._background = Background()
+        self.myself: Myself | None = None
+        """to go on here, where nobody else can; None, for a guest: never"""
+        self.is_held: Callable[[int], bool] = lambda fragment: False
+        """by this peer, now"""
         self.reroutes = 0
         """times that another peer was asked because the first one failed"""
 
@@ -124,7 +132,10 @@ class Onward:
             if here is None or here.peer_id in failed or known[0].start != going.end:
                 known = [hop for hop in known if hop.start > going.end]
                 here = self._router.choose(holders, going.end, excluded=sorted(failed))
-            if here is None:
+            myself = self.myself if self.is_held(going.end) else None
+            if here is not None and myself and self._router.is_banned(here.peer_id):
+                here = None
+            if here is None and myself is None:
                 if clock() > (since + NOBODY_S if trains else began + GUEST_NOBODY_S):
                     held = any(holder.first <= going.end < holder.end for holder in holders)
                     what = "can go on at" if held else "holds"
@@ -133,13 +144,20 @@ class Onward:
                 await asyncio.sleep(AGAIN_S)
                 continue
             try:
-                answer = await self.ask(here, going, body, known)
-                for peer_id in given_up - {here.peer_id}:  # which may have answered when it was asked again
+                if here is None:
+                    assert myself is not None
+                    answer = await self._go_on(myself, going, body, known)
+                else:
+                    answer = await self.ask(here, going, body, known)
+                    given_up.discard(here.peer_id)  # it may have answered when it was asked again
+                for peer_id in given_up:
                     own = going.microbatch
                     word = Working(origin=own.origin, number=own.number, start=going.end).model_dump()
                     self._background.spawn(self._calls.notify(peer_id, "withdrawn", word, deadline_s=WORKING_S))
                 return answer
             except NetworkError as error:
+                if here is None:
+                    raise
                 since = clock() if failed else since
                 failed.add(here.peer_id)
                 last = str(error)
@@ -149,12 +167,23 @@ class Onward:
                     self.reroutes += 1
                 known = [hop for hop in going.rest if hop.peer_id not in failed]
 
+    async def _go_on(
+        self, myself: Myself, going: Handover, body: bytes, known: list[Hop]
+    ) -> tuple[Gradient, bytes]:
+        header, data = await myself(self._asking(going, known), body)
+        answer = records.parse(Gradient, header)
+        going.rest = list(answer.path)
+        return answer, data
+
+    def _asking(self, going: Handover, known: list[Hop]) -> Microbatch:
+        return going.microbatch.model_copy(update={
+            "start": going.end, "bits": self._bits, "back_bits": self._back_bits, "known": known,
+        })
+
     async def ask(self, here: Holder, going: Handover, body: bytes, known: list[Hop]) -> tuple[Gradient, bytes]:
         """One peer, once: (its answer, the gradient's bytes). Raises NetworkError."""
         clock, own = asyncio.get_running_loop().time, going.microbatch
-        microbatch = own.model_copy(update={
-            "start": going.end, "bits": self._bits, "back_bits": self._back_bits, "known": known,
-        })
+        microbatch = self._asking(going, known)
         going.rest = known or [Hop(peer_id=here.peer_id, start=going.end, end=here.end)]
         asked = self._asked[here.peer_id, microbatch.key] = _Asked(clock() + len(body) / SLOWEST_BYTES_PER_S)
         self._router.asked(here.peer_id)

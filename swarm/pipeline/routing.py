@@ -111,11 +111,15 @@ class Router:
             if boundary == num_fragments:
                 return own_s
             after = self.choose(holders, boundary)
-            if after is None:
+            if after is None or self.is_banned(after.peer_id):
                 return float("inf")
             return own_s + self.expected_s(after, boundary) + usual_s * (num_fragments - after.end)
 
         return min(range(end, start, -1), key=total_s)
+
+    def is_banned(self, peer_id: str) -> bool:
+        """It has failed, and is left alone for a while where there is another way."""
+        return self.of(peer_id).banned_until > self._clock()
 
     def asked(self, peer_id: str) -> None:
         known = self.of(peer_id)

@@ -393,3 +393,49 @@ def test_a_microbatch_whose_fragment_was_given_up_while_it_waited_is_refused() -
         assert peer.compute.in_flight == 0 and not peer.chain._entries
 
     play(story())
+
+
+@pytest.mark.parametrize("is_frozen", [False, True])
+def test_who_handed_over_early_goes_on_itself_where_nobody_else_can(is_frozen: bool) -> None:
+    """Measured with three stages of two holders each: the only other holder of a fragment died, and those that had
+    handed over to it waited half a minute for it to come back, though they held the fragment as well."""
+    texts = microbatches(24, seed=7)
+    wanted, _ = in_one_process(4, texts)
+
+    async def story() -> None:
+        clock = asyncio.get_running_loop().time
+        world = World(4, seed=7)
+        peer, helper, last = Peer(world, "peer", 0, 2), Peer(world, "other", 1, 2), Peer(world, "end", 2, 4)
+        peer.router.leave_at = lambda *args, start, **more: start + 1  # type: ignore[method-assign]
+        made, is_over = peer.origin(texts)
+        running = asyncio.ensure_future(made.run(until=is_over))
+        while not any(method == "microbatch" and to == helper.id for _, to, method, _ in world.messages):
+            await asyncio.sleep(0.01)
+        helper.freeze(1000.0) if is_frozen else helper.kill()
+        began = clock()
+        await running
+        assert clock() - began < 20.0 and len(peer.losses) == len(texts)
+        helper.frozen_until = 0.0
+        assert made.lost_tokens == 0 and largest_error(sums(world), wanted) < 1e-5
+        assert peer.compute.in_flight == last.compute.in_flight == 0
+
+    play(story())
+
+
+def test_going_on_needs_no_second_place() -> None:
+    """A peer whose places are full has planned memory for all fragments of what is in them."""
+    texts = microbatches(6, seed=8)
+    wanted, _ = in_one_process(4, texts)
+
+    async def story() -> None:
+        world = World(4, seed=8)
+        origin, middle = Peer(world, "origin", 0, 1), Peer(world, "second", 1, 3)
+        helper, _ = Peer(world, "other", 2, 3), Peer(world, "end", 3, 4)
+        middle.chain.max_in_flight = 1
+        middle.router.leave_at = lambda *args, start, **more: start + 1  # type: ignore[method-assign]
+        helper.kill()
+        await finish([origin.origin(texts, credit=1)])
+        assert largest_error(sums(world), wanted) < 1e-5 and len(origin.losses) == 6
+        assert middle.compute.in_flight == 0
+
+    play(story())

@@ -167,9 +167,9 @@ ASKS = TRAINS.model_copy(update={"train": False})
 
 
 def test_places_are_counted_apart() -> None:
-    def room(asked: Microbatch, here: list[Microbatch], max_in_flight: int = 8) -> bool:
+    def room(asked: Microbatch, here: list[Microbatch], max_in_flight: int = 8, *, is_own: bool = False) -> bool:
         try:
-            admission.check(asked, here, shape=SHAPE, max_in_flight=max_in_flight, me="C" * 20)
+            admission.check(asked, here, shape=SHAPE, max_in_flight=max_in_flight, is_own=is_own)
         except PeerRefused as refusal:
             assert str(refusal) == admission.BUSY
             return False
@@ -178,8 +178,7 @@ def test_places_are_counted_apart() -> None:
     assert room(TRAINS, [ASKS] * 50 + [TRAINS] * 7) and not room(TRAINS, [TRAINS] * 8)
     assert room(ASKS, [TRAINS] * 50 + [ASKS]) and not room(ASKS, [ASKS] * 2)
     assert room(ASKS, [], max_in_flight=1) and not room(ASKS, [ASKS], max_in_flight=1)
-    own = TRAINS.model_copy(update={"origin": "C" * 20})
-    assert room(own, [TRAINS] * 8), "the origin's own credit is its limit"
+    assert room(TRAINS, [TRAINS] * 8, is_own=True), "the origin's own credit is its limit"
 
 
 @pytest.mark.parametrize(("change", "what"), [
@@ -189,12 +188,12 @@ def test_places_are_counted_apart() -> None:
 ])
 def test_what_is_too_large_is_refused_whoever_asks(change: dict[str, object], what: str) -> None:
     asked = TRAINS.model_copy(update=change)
-    for me in ("B" * 20, "C" * 20):
+    for is_own in (True, False):
         if what:
             with pytest.raises(BadMessage, match=what):
-                admission.check(asked, [], shape=SHAPE, max_in_flight=8, me=me)
+                admission.check(asked, [], shape=SHAPE, max_in_flight=8, is_own=is_own)
         else:
-            admission.check(asked, [], shape=SHAPE, max_in_flight=8, me=me)
+            admission.check(asked, [], shape=SHAPE, max_in_flight=8, is_own=is_own)
 
 
 def test_logits_are_bounded_in_bytes_before_anybody_is_asked() -> None:
@@ -202,7 +201,7 @@ def test_logits_are_bounded_in_bytes_before_anybody_is_asked() -> None:
     asked = TRAINS.model_copy(update={"train": False, "logits": 3})
     assert wire.logits_bytes(asked, vocabulary=200_000) > wire.MAX_LOGITS_BYTES
     with pytest.raises(BadMessage, match="bytes of logits"):
-        admission.check(asked, [], shape=large, max_in_flight=8, me="C" * 20)
+        admission.check(asked, [], shape=large, max_in_flight=8, is_own=False)
 
     async def story() -> None:
         world = World(4, seed=8)
