@@ -9,10 +9,19 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn import functional
 
+from swarm.config import DataConfig, ModelConfig, RunConfig
+from swarm.data.batch import num_targets
 from swarm.data.example import Example
+from swarm.data.marks import Marks
+from swarm.data.objectives import make_objective
 from swarm.data.packing import Packer, Row, to_batch
+from swarm.data.tokenizer import byte_tokenizer
 from swarm.errors import StateError
+from swarm.model.evaluate import held_out_loss
+from swarm.model.prefix import model_inputs
+from swarm.train.run_source import hold
 
 PAD = 7_777
 
@@ -120,6 +129,37 @@ def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(state: dict[st
     with pytest.raises(StateError) as caught:
         packer.load_state(state)
     assert caught.value.do and packer.state() == before
+
+
+@pytest.mark.parametrize("name", ["causal", "prefix", "ul2", "ul2r"])
+def test_a_model_computes_packed_examples_as_each_alone(name: str) -> None:
+    """From documents to logits, and to the mean loss: nothing of one example is in another, padding is in none."""
+    model = hold(RunConfig(
+        name="test", fragments=1, data=DataConfig(stdlib=True), model=ModelConfig(config={
+            "model_type": "gptj", "n_layer": 2, "n_embd": 16, "n_head": 2, "rotary_dim": 4, "n_positions": 64,
+            "vocab_size": 320,
+        }),
+    )).model.eval()
+    marks, dice = Marks.of(byte_tokenizer(), 320), np.random.RandomState(1)
+    objective, packer = make_objective(name, sequence_length=48, marks=marks), Packer(48, marks.end, open_rows=2)
+    documents = [dice.randint(0, 256, size).astype(np.uint16) for size in (5, 70, 20, 11, 33, 2)]
+    rows = [row for text in documents for made in objective.examples(text, dice) for row in packer.add(made)]
+    batch = to_batch(rows + packer.rest())
+    assert batch.segments is not None and batch.num_segments > len(batch) > 2
+    total = 0.0
+    with torch.no_grad():
+        logits = model(input_ids=batch.tokens, **model_inputs(model, batch.segments)).logits
+        for tokens, found, row in zip(batch.tokens, logits, batch.segments, strict=True):
+            first = 0
+            for prefix, size in row:
+                part = tokens[None, first : first + size]
+                alone = model(input_ids=part, **model_inputs(model, (((prefix, size),),))).logits
+                torch.testing.assert_close(found[first : first + size], alone[0], rtol=1e-5, atol=1e-5)
+                if num_targets([(prefix, size)]):
+                    given = max(1, prefix)
+                    total += float(functional.cross_entropy(alone[0, given - 1 : -1], part[0, given:], reduction="sum"))
+                first += size
+    assert held_out_loss(model, batch) == pytest.approx(total / batch.num_targets, rel=1e-5)
 
 
 def test_rows_of_one_causal_segment_are_a_plain_batch() -> None:
