@@ -22,6 +22,9 @@ FIRST_PATIENCE_S = 300.0
 EMPTY_PASSES = 2
 """a pass without a row may be the end of one that was begun late; a second is not"""
 
+Pause = Callable[[threading.Event, float], object]
+"""waits so many seconds, or until the event"""
+
 
 class Place(NamedTuple):
     """A place in a source: `taken` rows of the block at a mark have been used."""
@@ -41,6 +44,7 @@ class Feeder:
 
     def __init__(
         self, supply: Blocks, place: Place, *, clock: Callable[[], float], changed: threading.Condition,
+        pause: Pause = threading.Event.wait,
     ) -> None:
         """`changed` is notified when there are rows, or none to be had; its lock guards all feeders of a mixture."""
         self.name = supply.name
@@ -48,7 +52,7 @@ class Feeder:
         """after the last row that was taken"""
         self.error: Exception | None = None
         """why there are no rows, since the last try"""
-        self._supply, self._clock, self._changed = supply, clock, changed
+        self._supply, self._clock, self._changed, self._pause = supply, clock, changed, pause
         self._rows: list[Row] = []
         self._after = place.mark
         self._ready: tuple[list[Row], Mark, Mark] | None = None
@@ -114,7 +118,7 @@ class Feeder:
                 with self._changed:
                     self.error = error
                     self._changed.notify_all()
-                self._stop.wait(wait_s)
+                self._pause(self._stop, wait_s)
                 wait_s = min(MAX_BACKOFF_S, 2 * wait_s)
                 continue
             wait_s = BACKOFF_S

@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerBase
 
 from swarm.config import PhaseConfig, RunConfig
 from swarm.data.batch import Batch
-from swarm.data.feeder import Blocks, Feeder, Place, reason
+from swarm.data.feeder import Blocks, Feeder, Pause, Place, reason
 from swarm.data.marks import Marks
 from swarm.data.packing import Row, to_batch
 from swarm.data.shelf import Mark
@@ -80,11 +80,12 @@ class Mixture:
         self, phases: list[PhaseConfig], supplies: Callable[[int, str], Blocks], *, sequence_length: int,
         swarm_tokens: Callable[[], int], phase_at: Callable[[int], int],
         warn: Callable[[str], None] = lambda text: None, clock: Callable[[], float] = time.monotonic,
+        pause: Pause = threading.Event.wait,
     ) -> None:
         """`supplies(phase, source)`: its rows; `phase_at(swarm tokens)`: number of the phase. See `open_mixture`."""
         self._phases, self._supplies, self._length = phases, supplies, sequence_length
         self._swarm_tokens, self._phase_at = swarm_tokens, phase_at
-        self._warn, self._clock = warn, clock
+        self._warn, self._clock, self._pause = warn, clock, pause
         self._changed = threading.Condition()
         self._drawn: dict[int, Drawn] = {}
         self._blends: dict[int, Blend] = {}
@@ -194,7 +195,8 @@ class Mixture:
             blend = self._blends[number] = Blend(shares, self._drawn[number])
             for name in shares:
                 blend.feeders[name] = Feeder(
-                    self._supplies(number, name), blend.drawn.places[name], clock=self._clock, changed=self._changed
+                    self._supplies(number, name), blend.drawn.places[name], clock=self._clock, changed=self._changed,
+                    pause=self._pause,
                 )
             for feeder in blend.feeders.values():
                 feeder.start()
