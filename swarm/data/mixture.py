@@ -8,7 +8,7 @@ is a place in each source and the tokens drawn of it, says which is next. It is 
 read in unrelated orders, so nobody has to be told which part of the data is whose.
 
 A source that stalls is not replaced: the others are drawn meanwhile, and what it is behind by is made up when it is
-back, at most every second row. Only where all stall does training wait. Phases (config_data.py) begin when the swarm's
+back, with half of what the others have. Only where all stall does training wait. Phases (config_data.py) begin when the swarm's
 tokens say so, each with places of its own.
 """
 
@@ -36,7 +36,7 @@ from swarm.errors import ConfigError, StateError
 PREPARE = 0.9
 """of a phase is over when the next one's sources are opened"""
 CATCH_UP_ROWS = 16
-"""a source that is further behind was away: it is not drawn twice in a row"""
+"""a source that is further behind was away: the others keep half of their share while that is made up"""
 LOOK_AGAIN_S = 1.0
 
 
@@ -46,8 +46,8 @@ class Drawn:
 
     places: dict[str, Place]
     tokens: dict[str, int]
-    last: str = ""
-    """source of the row before"""
+    rows: int = 0
+    """of all sources"""
 
 
 @dataclass
@@ -68,8 +68,10 @@ class Blend:
         """Whose turn it is; None where all stall."""
         there = [name for name in self.shares if not self.feeders[name].is_stalled()]
         there.sort(key=lambda name: (-self.behind(name), name))
-        if len(there) > 1 and there[0] == self.drawn.last and self.behind(there[0]) > CATCH_UP_ROWS * row_tokens:
-            return self.feeders[there[1]]
+        if len(there) > 1 and self.behind(there[0]) > CATCH_UP_ROWS * row_tokens:
+            every = max(2, round(2 / (1 - self.shares[there[0]])))
+            if self.drawn.rows % every == 0:
+                return self.feeders[there[1]]
         return self.feeders[there[0]] if there else None
 
 
@@ -119,7 +121,7 @@ class Mixture:
             return {"phases": {
                 str(number): {
                     "places": {name: [*place.mark, place.taken] for name, place in drawn.places.items()},
-                    "tokens": dict(drawn.tokens), "last": drawn.last,
+                    "tokens": dict(drawn.tokens), "rows": drawn.rows,
                 }
                 for number, drawn in self._drawn.items()
             }}
@@ -167,7 +169,8 @@ class Mixture:
             self.waited_s += self._clock() - began
         row = feeder.take()
         drawn = blend.drawn
-        drawn.places[feeder.name], drawn.last = feeder.place, feeder.name
+        drawn.places[feeder.name] = feeder.place
+        drawn.rows += 1
         drawn.tokens[feeder.name] += sum(size for prefix, size in row.segments if prefix < size)
         return row
 
@@ -224,8 +227,8 @@ class Mixture:
         tokens = {name: _count(count) for name, count in said["tokens"].items()}
         if not names == places.keys() == tokens.keys() or not all(len(place) == 4 for place in places.values()):
             raise ValueError(f"phase {number} mixes other sources")
-        return Drawn({name: Place(Mark(*place[:3]), place[3]) for name, place in places.items()}, tokens,
-                     str(said["last"]))
+        places_there = {name: Place(Mark(*place[:3]), place[3]) for name, place in places.items()}
+        return Drawn(places_there, tokens, _count(said["rows"]))
 
 
 def _count(value: object) -> int:

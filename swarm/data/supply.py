@@ -26,8 +26,8 @@ from swarm.data.templates import Pack, put
 from swarm.data.tokenizer import is_byte_tokenizer
 from swarm.errors import ConfigError
 
-BLOCK_TOKENS = 1_000_000
-"""of a block, about: a second's work, and enough text in random order that a batch is a mixture of many documents"""
+BLOCK_TOKENS = 2**18
+"""of a block, about: less than a second's work, and enough text in random order that a batch is of many documents"""
 CHARS_A_TOKEN = 3
 """of other tokenizers than "bytes", at least"""
 
