@@ -40,13 +40,13 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     """What --json prints. Raises SwarmError."""
     from swarm.data.tokenizer import load_tokenizer, text_bytes
     from swarm.evaluate import Asker
-    from swarm.model.evaluate import perplexity, predicted
+    from swarm.model.evaluate import perplexity
     from swarm.observer import Observer
 
     with Observer(options.initial_peers, run_id=options.run_id, join_timeout_s=options.join_timeout_s) as observer:
         config = observer.run
         tokenizer = load_tokenizer(config)
-        sequences = export.held_out_sequences(config, tokenizer)[:options.sequences]
+        sequences = export.held_out_sequences(config, tokenizer).part(slice(options.sequences))
         asker = Asker(observer)
         began = shown = time.monotonic()
 
@@ -57,14 +57,14 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
                 export.say(f"{done} of {total} sequences")
 
         loss = asker.loss(sequences, on_progress=tell)
-    num_bytes = sum(text_bytes(tokenizer, sequence[1:].tolist()) for sequence in sequences)
+    num_bytes = sum(text_bytes(tokenizer, sequence[1:].tolist()) for sequence in sequences.tokens)
     return {
         "run_id": config.run_id,
         "nats_per_token": loss,
-        "nats_per_byte": loss * predicted(sequences) / max(1, num_bytes),
+        "nats_per_byte": loss * sequences.num_targets / max(1, num_bytes),
         "perplexity": perplexity(loss),
         "sequences": len(sequences),
-        "tokens": predicted(sequences),
+        "tokens": sequences.num_targets,
         "seconds": round(time.monotonic() - began, 2),
     }
 

@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING, Any
 from entry import guarded, start
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from swarm.averaging.global_state import GlobalState
     from swarm.config import RunConfig
+    from swarm.data.batch import Batch
     from swarm.train.run_source import Held
 
 HELD_OUT_SEQUENCES = 256
@@ -149,8 +149,8 @@ def held_out_loss(config: RunConfig, model: PreTrainedModel, tokenizer: PreTrain
     return evaluate.held_out_loss(model, held_out_sequences(config, tokenizer))
 
 
-def held_out_sequences(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
-    """int64 [n, sequence_length], the same ones on each machine that has the same text."""
+def held_out_sequences(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Batch:
+    """Rows of the run's sequence_length, the same ones on each machine that has the same text."""
     from swarm.data.sources import documents
     from swarm.data.stream import held_out_batches, tokenise
 

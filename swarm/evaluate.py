@@ -13,8 +13,9 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from swarm.data.batch import Batch
 from swarm.model.architecture import architecture
-from swarm.model.evaluate import mean_loss, predicted
+from swarm.model.evaluate import mean_loss
 from swarm.observer import Observer
 from swarm.pipeline import calls, wire
 from swarm.pipeline.guest import Guest
@@ -40,12 +41,12 @@ class Asker:
         self._guest = self._network.run(self._start())
 
     def loss(
-        self, sequences: torch.Tensor, *, on_progress: Callable[[int, int], None] = lambda done, total: None
+        self, batch: Batch, *, on_progress: Callable[[int, int], None] = lambda done, total: None
     ) -> float:
-        """Mean loss in nats a token, as `held_out_loss` of a model at hand. `sequences`: int64 [n, length], n >= 1,
-        length from 2 to the run's sequence_length. `on_progress(sequences done, of how many)`: on the network's thread.
+        """Mean loss in nats a token, as `held_out_loss` of a model at hand. `batch`: at least one row, of 2 tokens to
+        the run's sequence_length. `on_progress(sequences done, of how many)`: on the network's thread.
         """
-        return self._network.run(self._loss(sequences, on_progress))
+        return self._network.run(self._loss(batch, on_progress))
 
     def write(
         self, ids: list[int], *, choose: Callable[[torch.Tensor], int], end: int, max_tokens: int
@@ -58,7 +59,7 @@ class Asker:
         text = list(ids)
         for _ in range(max_tokens):
             tokens = torch.tensor([text[-self._run.train.sequence_length:]])
-            logits = self._network.run(self._guest.logits(tokens))
+            logits = self._network.run(self._guest.logits(Batch(tokens)))
             token = choose(logits[0, -1])
             if token == end:
                 return
@@ -75,19 +76,19 @@ class Asker:
         calls.listen(guest.onward, network.endpoint)
         return guest
 
-    async def _loss(self, sequences: torch.Tensor, on_progress: Callable[[int, int], None]) -> float:
+    async def _loss(self, whole: Batch, on_progress: Callable[[int, int], None]) -> float:
         room = asyncio.Semaphore(UNDER_WAY)
         done = 0
 
-        async def part(batch: torch.Tensor) -> tuple[float, int]:
+        async def part(batch: Batch) -> tuple[float, int]:
             nonlocal done
             async with room:
                 loss = await self._guest.loss(batch)
             done += len(batch)
-            on_progress(done, len(sequences))
-            return loss, predicted(batch)
+            on_progress(done, len(whole))
+            return loss, batch.num_targets
 
-        batches = torch.split(sequences, microbatch_sequences(self._run))
+        batches = whole.split(microbatch_sequences(self._run))
         parts = [asyncio.ensure_future(part(batch)) for batch in batches]
         try:
             return mean_loss(await asyncio.gather(*parts))

@@ -13,8 +13,6 @@ import threading
 import time
 from collections.abc import Callable
 
-import torch
-
 from swarm.averaging.averager import Averager
 from swarm.config import RunConfig
 from swarm.data.text_stream import TextClosed, TextStream
@@ -162,7 +160,7 @@ class StageTrainer(Metered):
         while not self._is_over_here():
             batch = await drawn(stream, self._run.train.batch_sequences)
             version = oldest()
-            pieces = list(torch.split(batch, microbatch_sequences(self._run)))
+            pieces = batch.split(microbatch_sequences(self._run))
             self._done(await origin.step(pieces, version=version), batch.numel())
             deadline = time.monotonic() + self._run.averaging.max_round_s
             # a fragment held here may have been done by another holder: nothing is pending then, and the step not over

@@ -23,6 +23,7 @@ from swarm.train.boundary import Boundary
 from swarm.train.inner import InnerOptimizer
 from swarm.train.metered import Metered
 from swarm.train.serving import Serving
+from swarm.train.stage_steps import density, weigh
 
 SYNC_POLL_S = 0.05
 SETTLE_S = 15.0
@@ -93,6 +94,7 @@ class Trainer(Metered):
             if not self._inner.clip():
                 return
             gradients = {name: p.grad for name, p in self._inner.parameters.items() if p.grad is not None}
+            weigh(gradients, density(batch.num_targets, tokens=tokens, length=self._run.train.sequence_length))
             self._averager.trained(tokens, gradients)
         else:
             self._serving.compute.before_write()
