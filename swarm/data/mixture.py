@@ -8,8 +8,8 @@ is a place in each source and the tokens drawn of it, says which is next. It is 
 read in unrelated orders, so nobody has to be told which part of the data is whose.
 
 A source that stalls is not replaced: the others are drawn meanwhile, and what it is behind by is made up when it is
-back, with half of what the others have. Only where all stall does training wait. Phases (config_data.py) begin when the swarm's
-tokens say so, each with places of its own.
+back, while they keep half of their share. Only where all stall does training wait. Phases (config_data.py) begin when
+the swarm's tokens say so, each with places of its own.
 """
 
 from __future__ import annotations

@@ -22,7 +22,9 @@ def p3_rows(number: int) -> list[dict[str, Any]]:
     return [{"inputs": f"Is {i} even?", "targets": "no" if i % 2 else "yes"} for i in range(number)]
 
 
-def write_instructions(folder: Path, tasks: dict[str, list[tuple[str, str]]], *, train: list[str] | None = None) -> Path:
+def write_instructions(
+    folder: Path, tasks: dict[str, list[tuple[str, str]]], *, train: list[str] | None = None
+) -> Path:
     """A clone of allenai/natural-instructions: `tasks` are name -> (input, answer)."""
     (folder / "tasks").mkdir(parents=True)
     for name, pairs in tasks.items():
@@ -41,7 +43,9 @@ def write_instructions(folder: Path, tasks: dict[str, list[tuple[str, str]]], *,
     return folder
 
 
-def run_over(sources: dict[str, Any], *, phases: Any = (), length: int = 64, total_tokens: int = 1_000_000) -> RunConfig:
+def run_over(
+    sources: dict[str, Any], *, phases: Any = (), length: int = 64, total_tokens: int = 1_000_000
+) -> RunConfig:
     document = {
         "name": "test", "model": {"config": {"model_type": "gptj", "vocab_size": 320}},
         "train": {"sequence_length": length, "total_tokens": total_tokens}, "sources": sources, "phases": list(phases),

@@ -1,4 +1,4 @@
-"""Shares by tokens to half a percent; the same rows again from the same cursor; stalls are held back, never replaced."""
+"""Shares by tokens to half a percent; the same rows again from the same cursor; what stalls is never replaced."""
 
 from __future__ import annotations
 

@@ -23,11 +23,13 @@ def samples_of(source: SourceConfig, cache: Path | None = None) -> dict[str, lis
 def test_p3_is_rows_of_files(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "p3" / "a.jsonl", p3_rows(2))
     write_jsonl(tmp_path / "p3" / "b.jsonl.zst", p3_rows(1))
-    datasets.Dataset.from_list([{"inputs_pretokenized": "x", "targets_pretokenized": "y", "inputs": [3], "targets": [4]}]
-                               ).to_parquet(tmp_path / "p3" / "c.parquet")
+    row = {"inputs_pretokenized": "x", "targets_pretokenized": "y", "inputs": [3], "targets": [4]}
+    datasets.Dataset.from_list([row]).to_parquet(tmp_path / "p3" / "c.parquet")
     found = samples_of(SourceConfig(format="p3", files=[str(tmp_path / "p3" / "*")]))
     assert found == {
-        "a.jsonl": [Sample("a.jsonl#0", "yes", "Is 0 even?", "a.jsonl"), Sample("a.jsonl#1", "no", "Is 1 even?", "a.jsonl")],
+        "a.jsonl": [
+            Sample("a.jsonl#0", "yes", "Is 0 even?", "a.jsonl"), Sample("a.jsonl#1", "no", "Is 1 even?", "a.jsonl"),
+        ],
         "b.jsonl.zst": [Sample("b.jsonl.zst#0", "yes", "Is 0 even?", "b.jsonl.zst")],
         "c.parquet": [Sample("c.parquet#0", "y", "x", "c.parquet")],
     }  # fmt: skip

@@ -124,4 +124,5 @@ def test_encoding_equals_the_tokenizer_s() -> None:
     assert [ids.tolist() for ids in found] == [[2, 3, 2], [], [0]] and all(ids.dtype == np.int32 for ids in found)
     assert encode([], words) == []
     run = run_over({"one": {"stdlib": True}})
-    assert layout_of(run, run.sources["one"], words).room_chars == 3 * layout_of(run, run.sources["one"], BYTES).room_chars
+    room = {tokenizer: layout_of(run, run.sources["one"], tokenizer).room_chars for tokenizer in (words, BYTES)}
+    assert room == {words: 3 * 64, BYTES: 64}

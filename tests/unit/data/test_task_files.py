@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 
 import pytest
-from tests.unit.data.task_sets import write_instructions
 
 from swarm.data.sample import Sample
 from swarm.data.task_files import read_subjects, read_task, task_paths
 from swarm.errors import ConfigError
+from tests.unit.data.task_sets import write_instructions
 
 TASKS = {"task001_add": [("1 1", "2"), ("2 2", "4")], "task002_say": [("a", "A")], "task003_test": [("x", "y")]}
 
