@@ -89,7 +89,7 @@ def sum_of_three(dice: random.Random) -> Pair:
     return f"{a} + {b} + {c} = ?", f"{a} + {b} = {a + b}. {a + b} + {c} = {a + b + c}. The answer is {a + b + c}"
 
 
-P3 = {"kind": kind, "review": review, "opposite": opposite}
+P3: dict[str, Callable[[random.Random], Pair]] = {"kind": kind, "review": review, "opposite": opposite}
 INSTRUCTIONS: dict[str, tuple[str, Callable[[random.Random], Pair]]] = {
     "task001_review_sentiment": ("Say whether the review is positive or negative.", verdict),
     "task002_number_parity": ("Say whether the number is odd or even.", parity),

@@ -57,6 +57,11 @@ def open_rows(source: SourceConfig, cache: Path | None) -> list[Iterator[dict[st
 
 
 def _refused(source: SourceConfig, error: Exception) -> ConfigError:
+    if "zstd not supported" in str(error):
+        return ConfigError(
+            f"the data set {source.hub!r} is packed with zstandard", why="`datasets` needs a package to unpack it",
+            do="pip install zstandard",
+        )
     advice = REPLACED.get(str(source.hub).lower())
     general = "check hub, subset, split and revision; for data sets with a loading script try revision: " + PARQUET
     return ConfigError(

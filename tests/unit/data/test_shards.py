@@ -155,6 +155,12 @@ def test_each_data_set_of_the_recipe_has_its_advice(name: str) -> None:
     assert hub.REPLACED[name] in refused.do and "no longer supported" in refused.why
 
 
+def test_a_package_that_is_missing_is_named() -> None:
+    error = ValueError("Compression type zstd not supported")
+    refused = hub._refused(SourceConfig(hub="monology/pile-uncopyrighted"), error)
+    assert "pip install zstandard" in refused.do
+
+
 def test_a_hub_out_of_reach_can_be_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
