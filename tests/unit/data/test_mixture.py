@@ -369,8 +369,18 @@ def test_files_of_a_later_phase_are_missed_at_once(tmp_path):
         opened(run, "anna")
 
 
-def test_columns_that_are_not_there_are_an_error_at_the_start(tmp_path):
+@pytest.mark.parametrize("later", [False, True])
+def test_columns_that_are_not_there_are_an_error_at_the_start(later, tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", [{"question": "x", "answer": "y"}] * ROWS)
+    sources = {"code": {"stdlib": True}, "p3": {"format": "p3", "files": [str(path)]}}
+    phases = [{"tokens": 10, "mixture": {"code": 1}}, {}] if later else [{}]
     with pytest.raises(ConfigError, match="not rows of format p3") as caught:
-        opened(run_over({"p3": {"format": "p3", "files": [str(path)]}}), "anna")
+        opened(run_over(sources, phases=phases), "anna")
     assert "question, answer" in caught.value.why
+
+
+def test_a_row_that_is_broken_further_on_is_an_error_at_the_start_too(run, tmp_path):
+    with (tmp_path / "p3.jsonl").open("a") as file:
+        file.write("{broken\n")
+    with pytest.raises(ConfigError, match="is not JSON"):
+        opened(run, "anna", 500)
