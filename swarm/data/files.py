@@ -49,7 +49,8 @@ def read_file(name: str, path: Path, *, text_field: str) -> Iterator[Document]:
             for where, number, row in rows.read_rows(path, pick):
                 yield f"{name}#{number}", clean_text(row[text_field], where, text_field)
     except OSError as error:
-        raise ConfigError(f"cannot read {path}", why=str(error.strerror or error), do="check `files` in the run config") from None
+        why = str(error.strerror or error)
+        raise ConfigError(f"cannot read {path}", why=why, do="check `files` in the run config") from None
     except UnicodeDecodeError as error:
         raise ConfigError(
             f"{path} is not UTF-8 text",

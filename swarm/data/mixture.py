@@ -245,7 +245,7 @@ def open_mixture(
 
     `vocabulary`: rows of the model's embedding; `reader`: the peer's name, so that others draw other data; `cache`:
     folder for what the hub's data sets leave behind.
-    Raises ConfigError: files that are not there or have other columns, an objective that the vocabulary has no room for.
+    Raises ConfigError: files that are not there, other columns, an objective that the vocabulary has no room for.
     """
     phases, marks = run.all_phases(), Marks.of(tokenizer, vocabulary)
     stocks = {name: Stock(name, source, cache=cache) for name, source in run.named_sources().items()}

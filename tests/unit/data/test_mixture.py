@@ -338,11 +338,11 @@ def opened(run, reader, tokens=0, state=None):
 @pytest.mark.parametrize("tokens", [0, 500])
 def test_from_files_the_cursor_is_all_there_is(tokens, run):
     one, same, other = (opened(run, reader, tokens) for reader in ("anna", "anna", "bert"))
-    first = [one.next_batch(5) for _ in range(60)]
+    first = [one.next_batch(5) for _ in range(25)]
     assert all(a.tokens.equal(same.next_batch(5).tokens) for a in first)
     assert sum(a.tokens.equal(other.next_batch(5).tokens) for a in first) == 0, "another peer, the same data"
     again = opened(run, "anna", tokens, json.loads(json.dumps(one.state())))
-    for _ in range(40):
+    for _ in range(20):
         a, b = one.next_batch(5), again.next_batch(5)
         assert a.tokens.equal(b.tokens) and a.segments == b.segments
     assert len(json.dumps(one.state())) < 1000
