@@ -17,6 +17,7 @@ from swarm.data.text_stream import TextStream
 from swarm.data.tokenizer import load_tokenizer
 from swarm.errors import StateError
 from swarm.model.architecture import architecture
+from swarm.model.families import check_segments
 
 
 def open_text(
@@ -27,9 +28,11 @@ def open_text(
 
     `reader`: the peer's name: others draw other data. `swarm_tokens()` says which phase it is. Raises ConfigError.
     """
+    check_model(run)
     tokenizer = load_tokenizer(run)
     stream: TextStream
-    if run.data is not None and not run.phases:
+    if not is_mixture(run):
+        assert run.data is not None
         train, _ = documents(run.data, cache=cache)
         tokens = tokenise(train, tokenizer)
         stream = PackedStream(tokens, sequence_length=run.train.sequence_length, seed=run.seed, reader=reader)
@@ -42,6 +45,17 @@ def open_text(
     _go_on(mixture, saved)
     mixture.start()
     return mixture
+
+
+def is_mixture(run: RunConfig) -> bool:
+    """Whether its rows are packed, each text in a segment of its own. One text without phases is a plain stream."""
+    return run.data is None or bool(run.phases)
+
+
+def check_model(run: RunConfig) -> None:
+    """Raises ConfigError where the run's rows are packed and its model would see over the borders in them."""
+    if is_mixture(run):
+        check_segments(architecture(run), sequence_length=run.train.sequence_length)
 
 
 async def drawn(stream: TextStream, num_sequences: int) -> Batch:

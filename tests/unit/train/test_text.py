@@ -9,13 +9,13 @@ import threading
 import pytest
 import torch
 
-from swarm.config import ModelConfig, run_from_dict
+from swarm.config import ModelConfig, SourceConfig, run_from_dict
 from swarm.data.batch import Batch
 from swarm.data.mixture import Mixture
 from swarm.data.stream import PackedStream
 from swarm.data.text_stream import TextClosed
 from swarm.errors import ConfigError
-from swarm.train.text import drawn, open_text
+from swarm.train.text import check_model, drawn, open_text
 
 MODEL = {"config": {"model_type": "gptj", "vocab_size": 320, "n_embd": 16, "n_layer": 1, "n_head": 2, "rotary_dim": 4}}
 
@@ -89,6 +89,19 @@ def test_what_the_vocabulary_has_no_room_for_is_an_error(book, tmp_path):
     run = run_with(data={"files": [book]}, phases=[{"objective": "ul2"}])
     run = dataclasses.replace(run, model=ModelConfig(config={**MODEL["config"], "vocab_size": 257}))
     with pytest.raises(ConfigError, match="no room"):
+        opened(run, tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["bloom", "gpt_neo"])
+def test_a_model_that_ignores_masks_cannot_learn_from_packed_rows(kind, book, tmp_path):
+    plain = dataclasses.replace(
+        run_with(data={"files": [book]}), model=ModelConfig(config={"model_type": kind, "vocab_size": 320})
+    )
+    check_model(plain)
+    run = dataclasses.replace(plain, data=None, sources={"book": SourceConfig(files=[book])})
+    with pytest.raises(ConfigError, match="cannot learn from prefixes or packed texts"):
+        check_model(run)
+    with pytest.raises(ConfigError, match="cannot learn"):
         opened(run, tmp_path)
 
 
