@@ -92,6 +92,9 @@ class PackedStream:
             )
         self._position = position
 
+    def close(self) -> None:
+        """Nobody ever waits for it."""
+
     def _start_pass(self, number: int) -> None:
         digest = hashlib.sha256(f"{self._seed}/{self._reader}/{number}".encode()).digest()
         # RandomState and not default_rng: numpy promises never to change its draws, so checkpoints outlive upgrades

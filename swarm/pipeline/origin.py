@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 from swarm.data.batch import Batch
 from swarm.errors import NetworkError
@@ -55,11 +55,11 @@ class Credit:
 
 
 class Origin:
-    """`draw()` returns a microbatch; `on_done(loss, tokens)` is called for each of these microbatches
+    """`draw()` returns a microbatch, at once or when there is text; `on_done(loss, tokens)` is called for each of them
     that is done everywhere. Lives on the network's event loop."""
 
     def __init__(
-        self, me: str, chain: Chain, calls: Calls, *, draw: Callable[[], Batch], first_number: int,
+        self, me: str, chain: Chain, calls: Calls, *, draw: Callable[[], Batch | Awaitable[Batch]], first_number: int,
         largest_credit: int, on_done: Callable[[float, int], None] = lambda loss, tokens: None,
     ) -> None:
         """`first_number`: beyond any that this identity has used before."""
@@ -76,7 +76,10 @@ class Origin:
         while not until():
             self.credit.now = min(self.credit.now, self.credit.largest)
             while len(self._running) < self.credit.now and not until():
-                self._start(self._draw())
+                drawn = self._draw()
+                self._start(drawn if isinstance(drawn, Batch) else await drawn)
+            if not self._running:
+                break
             done, _ = await asyncio.wait(self._running, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
                 task.result()  # a bug of ours must not pass for a peer that is slow

@@ -22,6 +22,7 @@ from swarm.model.fragments import FragmentSpec, cut
 from swarm.model.partial import build_stage
 from swarm.model.skeleton import skeleton
 from swarm.model.stage import Stage
+from swarm.train.text import check_model
 
 DEMO = "runs/demo.yaml"
 
@@ -81,6 +82,7 @@ def new_run(
     fragments [first, end) that `choose` names, or all. Raises ConfigError."""
     draft = load_run(file if file is not None else preset_path(DEMO))
     run = resolve(draft)
+    check_model(run)
     folder = draft.model.source if run.model.source is None else None
     part = choose(run)
     if part not in (None, (0, run.fragments)) and folder is not None:

@@ -17,7 +17,7 @@ import torch
 from swarm.averaging.averager import Averager
 from swarm.averaging.outer import learning_rate
 from swarm.config import RunConfig
-from swarm.data.stream import PackedStream
+from swarm.data.text_stream import TextClosed, TextStream
 from swarm.network.network import Network
 from swarm.train.boundary import Boundary
 from swarm.train.inner import InnerOptimizer
@@ -34,7 +34,7 @@ SWITCH_S = 0.001
 
 class Trainer(Metered):
     def __init__(
-        self, run: RunConfig, inner: InnerOptimizer, stream: PackedStream, averager: Averager, network: Network,
+        self, run: RunConfig, inner: InnerOptimizer, stream: TextStream, averager: Averager, network: Network,
         boundary: Boundary, serving: Serving,
     ) -> None:
         super().__init__()
@@ -66,10 +66,11 @@ class Trainer(Metered):
     def _train(self) -> None:
         give_way()
         try:
-            while not self._stop.is_set():
-                self._serving.pause()
-                self._inner_step()
-                self._serving.steps.take_due()
+            with contextlib.suppress(TextClosed):
+                while not self._stop.is_set():
+                    self._serving.pause()
+                    self._inner_step()
+                    self._serving.steps.take_due()
             self._settle()
         except BaseException as error:
             self.error = error
