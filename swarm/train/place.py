@@ -55,7 +55,8 @@ def choose(
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
         gpu_bytes = min(free, config.max_memory or free)
-    ways = Ways(run, config, device=device, main_bytes=main_bytes, gpu_bytes=gpu_bytes)
+    base = planner_of(run, on_gpu=device.type == "cuda", main_bytes=main_bytes, gpu_bytes=gpu_bytes)
+    ways = Ways(base, config, device=device)
     everything = (0, run.fragments)
     if config.fragment_span is not None:
         place = ways.best(config.fragment_span, "as it was told to")
@@ -83,12 +84,12 @@ class Ways:
     """To use a peer's memory, from the best to the one that takes least; each found out when it is come to."""
 
     def __init__(
-        self, run: RunConfig, config: PeerConfig, *, device: torch.device, main_bytes: int, gpu_bytes: int,
-        problem: Callable[..., str] | None = None,
+        self, planner: Planner, config: PeerConfig, *, device: torch.device, problem: Callable[..., str] | None = None,
     ) -> None:
-        """`problem`: as in `choices`; by default, what this machine cannot do is found out by trying it."""
-        self._planner = planner_of(run, on_gpu=device.type == "cuda", main_bytes=main_bytes, gpu_bytes=gpu_bytes)
-        largest = max(size.num_parameters for size in self._planner.sizes)
+        """`planner`: with any settings. `problem`: as in `choices`; by default, what this machine cannot do is found
+        out by trying it."""
+        run, self._planner = planner.run, planner
+        largest = max(size.num_parameters for size in planner.sizes)
         round_bytes = largest * run.averaging.bits * 5 // 4 // 8  # a quarter is 8-bit
         self._settings = choices(run, config, device, round_bytes=round_bytes, problem=problem)
         self._known: list[Planner] = []
@@ -106,9 +107,10 @@ class Ways:
 
     def roomiest(self) -> Planner:
         """The way in which most fragments fit. Of small models it is not that of the fewest bits, which load a
-        library."""
+        library. The one that takes least where not even one fits."""
         least = [planner for planner in self._all() if planner.settings.keep.name == LITTLE.name]
-        return max(least, key=Planner.longest)
+        best = max(least, key=Planner.longest)
+        return best if best.longest() else least[-1]
 
     def _all(self) -> Iterator[Planner]:
         for number in count():
