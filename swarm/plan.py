@@ -144,7 +144,8 @@ def lines(result: dict[str, Any], *, tables: bool = False) -> list[str]:
     published = result["published"]
     return [
         *found, "",
-        f"Sent by a machine in the whole run, with {_count(result['replicas'], 'peer')} for each fragment (as much comes in):",
+        "Sent by a machine in the whole run, with "
+        f"{_count(result['replicas'], 'peer')} for each fragment (as much comes in):",
         f"  a round of the whole model    {format_bytes(result['round_bytes'])} a contribution",
         f"  between stages                {result['forward_bytes_per_token']:.0f} bytes a token on, "
         f"{result['back_bytes_per_token']:.0f} back",
