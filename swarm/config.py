@@ -32,9 +32,6 @@ MAX_RUN_CONFIG_BYTES = 8_000
 MAX_FRAGMENTS = 256
 
 
-LORA_BASES = ("nf4", "bf16", "fp32")
-
-
 @dataclass(frozen=True)
 class LoraConfig:
     """Only small adapters are trained, averaged and downloaded; the model itself is a frozen base that each peer reads
@@ -384,7 +381,7 @@ def _check_run(run: RunConfig) -> None:
     need(all(re.fullmatch(r"[0-9a-f]{64}", d) for d in run.initial_digests), "initial_digests must be SHA-256 in hex")
     if model.lora is not None:
         _check_lora(model.lora, need)
-    need(model.lora is not None or not run.base_digests, "base_digests are of runs with model.lora only")
+    need(not run.base_digests or model.lora is not None, "base_digests are of runs with model.lora only")
     need(len(run.base_digests) in (0, run.fragments), "base_digests needs one digest a fragment")
     need(all(re.fullmatch(r"[0-9a-f]{32}", d) for d in run.base_digests), "base_digests must be 32 hex digits each")
     size = len(canonical_json(run))
@@ -395,7 +392,8 @@ def _check_run(run: RunConfig) -> None:
 def _check_lora(lora: LoraConfig, need: Callable[..., None]) -> None:
     need(1 <= lora.rank <= 1024, "model.lora.rank must be 1 to 1024")
     need(0 < lora.alpha <= 1e6, "model.lora.alpha must be over 0 and at most a million")
-    need(lora.base in LORA_BASES, f"model.lora.base must be one of {', '.join(LORA_BASES)}", f"got {_shown(lora.base)}")
-    need(all(re.fullmatch(r"[A-Za-z0-9_]{1,64}", name) for name in lora.targets),
-         "model.lora.targets must be names of layers, such as q_proj", f"got {_shown(lora.targets)}")
+    known = lora.base in ("nf4", "bf16", "fp32")
+    need(known, "model.lora.base must be one of nf4, bf16, fp32", f"got {_shown(lora.base)}")
+    named = all(re.fullmatch(r"[A-Za-z0-9_]{1,64}", name) for name in lora.targets)
+    need(named, "model.lora.targets must be names of layers, such as q_proj", f"got {_shown(lora.targets)}")
     need(len(set(lora.targets)) == len(lora.targets), "model.lora.targets has a name twice")
