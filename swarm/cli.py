@@ -46,6 +46,7 @@ _HELP: dict[str, dict[str, tuple[str, str]]] = {
         "weights": ("KIND", "fp32, bf16 (3 bytes a weight, and half the gradients), or auto: fp32 where that fits"),
         "optimizer_bits": ("BITS", "of AdamW's moments: 32, 8, or auto: 32 where that fits"),
         "max_memory": ("SIZE", "how much memory to take at most, such as 6GB (default: what is free)"),
+        "base": ("DIR", "folder with the frozen model that this run's adapters are for, where it is not on the hub"),
         "spare_disk": (
             "SIZE", "disk for spare copies of what others hold, so that it outlives them; 0: none (default: a tenth of "
             "what is free, 20GB at most)",

@@ -13,6 +13,7 @@ import functools
 import hashlib
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,20 @@ MAX_FRAGMENTS = 256
 
 
 @dataclass(frozen=True)
+class LoraConfig:
+    """Only small adapters are trained, averaged and downloaded; the model itself is a frozen base that each peer reads
+    for itself (swarm/model/lora.py)."""
+
+    rank: int = 16
+    alpha: float = 32.0
+    """an adapter's output counts alpha / rank times"""
+    targets: list[str] = field(default_factory=list)
+    """last part of the names of the linear layers that get an adapter, such as q_proj; none: all that are in blocks"""
+    base: str = "nf4"
+    """how the linear layers of the blocks are kept: nf4 (4.25 bits a weight), bf16 or fp32"""
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """Which model: `config`, or `source`, or both: then the weights of `source`, whose config need not be fetched."""
 
@@ -42,6 +57,8 @@ class ModelConfig:
     """a folder in Hugging Face layout, or a hub id; its weights are the start"""
     revision: str | None = None
     """of the hub id"""
+    lora: LoraConfig | None = None
+    """train adapters only; None: all weights"""
 
 
 @dataclass(frozen=True)
@@ -109,6 +126,8 @@ class RunConfig:
     pipeline: PipelineConfig = field(default_factory=PipelineConfig)
     initial_digests: list[str] = field(default_factory=list)
     """of each fragment at version 0; filled in by the peer that starts the run, so that a joiner can check it"""
+    base_digests: list[str] = field(default_factory=list)
+    """of each fragment's frozen base, where `model.lora` is used; filled in likewise"""
 
     def __post_init__(self) -> None:
         _check_run(self)
@@ -170,6 +189,8 @@ class PeerConfig:
     """auto | 32 | 8: of AdamW's two moments, which no other peer sees"""
     max_memory: int | None = None
     """bytes this peer may take, of main memory and of the GPU's each; default: what is free"""
+    base: str | None = None
+    """folder with the frozen base of a run with adapters, where that is not on the hub"""
     spare_disk: int | None = None
     """bytes of the disk for spare copies of fragments that others hold, 0: none; default: a tenth of what is free,
     20 GB at most"""
@@ -215,6 +236,10 @@ def canonical_json(run: RunConfig) -> bytes:
         for name in ("data", "sources", "phases"):
             if not document[name]:
                 del document[name]
+        if run.model.lora is None:
+            del document["model"]["lora"]
+        if not run.base_digests:
+            del document["base_digests"]
         json.dumps(document, ensure_ascii=False).encode()  # half a surrogate pair is no text, though ASCII spells it
         return json.dumps(document, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
     except (TypeError, ValueError, RecursionError) as error:
@@ -310,6 +335,21 @@ def _check_run(run: RunConfig) -> None:
     need(0 <= averaging.outer_momentum < 1, "averaging.outer_momentum must be 0 to below 1")
     need(len(run.initial_digests) in (0, run.fragments), "initial_digests needs one digest a fragment")
     need(all(re.fullmatch(r"[0-9a-f]{64}", d) for d in run.initial_digests), "initial_digests must be SHA-256 in hex")
+    if model.lora is not None:
+        _check_lora(model.lora, need)
+    need(not run.base_digests or model.lora is not None, "base_digests are of runs with model.lora only")
+    need(len(run.base_digests) in (0, run.fragments), "base_digests needs one digest a fragment")
+    need(all(re.fullmatch(r"[0-9a-f]{32}", d) for d in run.base_digests), "base_digests must be 32 hex digits each")
     size = len(canonical_json(run))
     why = f"{size} > {MAX_RUN_CONFIG_BYTES} bytes"
     need(size <= MAX_RUN_CONFIG_BYTES, "the run config is too long for a DHT record", why)
+
+
+def _check_lora(lora: LoraConfig, need: Callable[..., None]) -> None:
+    need(1 <= lora.rank <= 1024, "model.lora.rank must be 1 to 1024")
+    need(0 < lora.alpha <= 1e6, "model.lora.alpha must be over 0 and at most a million")
+    known = lora.base in ("nf4", "bf16", "fp32")
+    need(known, "model.lora.base must be one of nf4, bf16, fp32", f"got {shown(lora.base)}")
+    named = all(re.fullmatch(r"[A-Za-z0-9_]{1,64}", name) for name in lora.targets)
+    need(named, "model.lora.targets must be names of layers, such as q_proj", f"got {shown(lora.targets)}")
+    need(len(set(lora.targets)) == len(lora.targets), "model.lora.targets has a name twice")

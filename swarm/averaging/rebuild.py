@@ -3,7 +3,8 @@
 Each of its blocks lies between the nearest blocks before and after it that somebody has, and becomes what lies between
 them: their mean, for a single block (after CheckFree, 2025, https://arxiv.org/abs/2506.15461). At the ends of the model
 there is one neighbour only. What is in no block (embedding, final norm, head) has none and starts again. Where the run
-began with weights that were trained already, those are nearer than any neighbour.
+began with weights that were trained already, those are nearer than any neighbour; an adapter's two matrices mean
+something together only, and where it starts again the fragment is its base.
 
 The new history begins with half of the tokens of the neighbour that has fewer: the learning rate goes back with them,
 and if the old state comes back soon it has more, and wins. Peers that rebuild at the same moment do it from the same
@@ -65,7 +66,8 @@ class Rebuilder:
         if not self.is_lost(applier):
             return False
         index, start = applier.fragment, applier.ledger.state
-        if applier.trusted and self._context.run.model.source is not None:
+        model = self._context.run.model
+        if applier.trusted and (model.source is not None or model.lora is not None):
             tokens = min(self._tokens().values()) // 2
             state = GlobalState(index, 0, tokens, start.weights, start.buffers)
             how = "STARTS AGAIN FROM THE RUN'S OWN WEIGHTS"

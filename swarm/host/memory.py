@@ -31,6 +31,8 @@ VALUES_PER_SCORE = 3
 fused ones"""
 VALUES_PER_LOGIT = 3
 """logits, their logarithms of probabilities, and their gradient"""
+INPUTS_PER_BLOCK = 1
+"""values a token and hidden unit that a block keeps which goes forward once more in its backward: what came in"""
 ROUND_BYTES = 26
 """a value of the fragment whose round is under way, momentum apart: the contribution and what was offered, those of
 others to the parts owned here, their sum, the average, the next weights; at most 24 at once"""
@@ -48,6 +50,12 @@ class PartSize:
     num_fragments: int = 1
     largest: int = 0
     """parameters of the largest fragment; 0: there is one"""
+    base_bytes: int = 0
+    """of a frozen base's matrices, as they are kept; then `num_parameters` are those of the adapters"""
+    base_values: int = 0
+    """of a frozen base, all else: embedding, norms, biases, head"""
+    largest_matrix: int = 0
+    """weights of the base's largest matrix, whose values are made anew for each product"""
 
     @property
     def largest_fragment(self) -> int:
@@ -57,7 +65,8 @@ class PartSize:
         return PartSize(
             self.num_parameters + other.num_parameters, self.num_blocks + other.num_blocks,
             self.logits + other.logits, self.num_fragments + other.num_fragments,
-            max(self.largest_fragment, other.largest_fragment),
+            max(self.largest_fragment, other.largest_fragment), self.base_bytes + other.base_bytes,
+            self.base_values + other.base_values, max(self.largest_matrix, other.largest_matrix),
         )  # fmt: skip
 
 
@@ -88,6 +97,10 @@ class Work:
     """weights in bfloat16 with 8 further bits, gradients and activations in bfloat16"""
     keep: Keep = AMPLE
     on_gpu: bool = False
+    recompute: bool = False
+    """blocks go forward once more in their backward"""
+    at_once: int = 0
+    """sequences in one forward; 0: all of a microbatch, or of the batch of a whole model"""
 
     @property
     def value_bytes(self) -> int:
@@ -159,13 +172,17 @@ def _training(size: PartSize, work: Work) -> list[Row]:
     # in flight, the rounds of a fragment or two
     old = 2 * size.largest_fragment if k == 1 else n * -(-k // work.pieces)
     many = f"{k} x {work.microbatch_sequences} x {work.sequence_length} tokens"
+    kept, again = activations(size, work)
     return [
         Row("program", PROGRAM_BYTES + (EIGHT_BIT_BYTES if eight else 0), False, shared=True),
         Row(f"weights ({format_count(n)} parameters" + (", bfloat16 and 8 further bits)" if work.halved else ")"),
             n * (BF16 + REST if work.halved else FP32), gpu),
+        Row("frozen base", size.base_bytes + size.base_values * value, gpu),
+        Row("values of a frozen matrix", size.largest_matrix * value, gpu, shared=True),
         Row("gradients", n * value if work.batch_sequences else 0, gpu),
         Row("AdamW, 8-bit" if eight else "AdamW", moments, gpu),
-        Row("activations" + (f" of {many}" if not work.batch_sequences else ""), activation_bytes(size, work), gpu),
+        Row("activations" + (f" of {many}" if not work.batch_sequences else ""), kept, gpu),
+        Row("a block that is computed again", again, gpu, shared=True),
         Row(f"gradients of {k} that wait for a verdict", k * n * value, gpu),
         Row("sums of gradients", sums, gpu),
         Row("weights of graphs under way", old * value, gpu),
@@ -196,16 +213,29 @@ def _averaging(size: PartSize, work: Work) -> list[Row]:
     ]  # fmt: skip
 
 
-def activation_bytes(size: PartSize, work: Work) -> int:
-    """Kept between forward and backward by all microbatches in flight (and by its own batch, for a whole model), and
-    the logits of the one that is worked on."""
-    k, sequences = work.microbatches_in_flight, work.microbatch_sequences
-    at_once = max(sequences if k else 0, work.batch_sequences) * work.sequence_length
-    kept = (k * sequences + work.batch_sequences) * work.sequence_length
-    scores = VALUES_PER_SCORE * work.num_heads * work.sequence_length
-    a_block = VALUES_PER_HIDDEN * work.hidden_size * work.value_bytes + scores * FP32
+def activations(size: PartSize, work: Work) -> tuple[int, int]:
+    """(bytes kept between forward and backward by all microbatches in flight, and by its own batch for a whole model,
+    with the logits of what is worked on; bytes of one block that is computed again, where blocks are)."""
+    k, sequences, length = work.microbatches_in_flight, work.microbatch_sequences, work.sequence_length
+    largest = max(sequences if k else 0, work.batch_sequences)
+    at_once = min(work.at_once or largest, largest)
+    scores = VALUES_PER_SCORE * work.num_heads * length
+    a_token = work.hidden_size * work.value_bytes
+    a_block = VALUES_PER_HIDDEN * a_token + scores * FP32
+    left = INPUTS_PER_BLOCK * a_token if work.recompute else a_block
     # the last stage turns round at once: its backward follows its forward, so there is one set of logits
-    return kept * size.num_blocks * a_block + FP32 * at_once * VALUES_PER_LOGIT * size.logits
+    logits = FP32 * at_once * length * VALUES_PER_LOGIT * size.logits
+    # a batch, or a microbatch, in pieces: it keeps what came in, and a graph of one piece at a time
+    in_pieces = sequences > at_once
+    graphs = min(work.batch_sequences, at_once) + (k * sequences if not in_pieces else min(k, 1) * at_once)
+    entered = k * sequences * length * a_token if in_pieces else 0
+    again = at_once * length * a_block if work.recompute else 0
+    return graphs * length * size.num_blocks * left + entered + logits, again
+
+
+def activation_bytes(size: PartSize, work: Work) -> int:
+    """Both of `activations`."""
+    return sum(activations(size, work))
 
 
 def fragments_that_fit(

@@ -41,22 +41,29 @@ class FragmentSpec:
 
 
 def cut(model: PreTrainedModel, num_fragments: int) -> tuple[FragmentSpec, ...]:
-    """The fragments, balanced by their number of parameters; every trainable parameter is in exactly one.
+    """The fragments, balanced by their number of parameters; every trainable parameter is in exactly one. Where a base
+    is frozen (`lora.py`), it is balanced, since it is what takes room.
 
     Raises ConfigError where there are more fragments than blocks, or no blocks can be found.
     """
-    prefix, num_blocks = find_blocks(model)
+    _, num_blocks = find_blocks(model)
     if num_fragments > num_blocks:
         raise ConfigError(
             f"cannot cut the model into {num_fragments} fragments",
             why=f"it has {num_blocks} blocks, and a fragment holds at least one",
             do=f"set fragments to {num_blocks} or fewer in the run config",
         )
-    block_of = _block_of_each(model, prefix, num_blocks)
+    block_of = block_of_each(model)
     sizes = [0] * num_blocks
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    for name, parameter in parameters.items():
-        sizes[block_of[name]] += parameter.numel()
+    frozen = frozen_counts(model)
+    for name, count in [*((name, p.numel()) for name, p in parameters.items()), *frozen.items()]:
+        sizes[block_of[name]] += count
+    if frozen and (empty := set(range(num_blocks)) - {block_of[name] for name in parameters}):
+        raise ConfigError(
+            f"block {min(empty)} has nothing to train", why="none of model.lora.targets is in it",
+            do="name layers that all blocks have, or leave out model.lora.targets",
+        )
     embeddings = _embedding_names(model)
     fragments = []
     for index, (start, end) in enumerate(balance(sizes, num_fragments)):
@@ -133,14 +140,28 @@ def _fits(sums: list[int], num_parts: int, largest: int) -> bool:
     return parts + 1 <= num_parts
 
 
-def _block_of_each(model: PreTrainedModel, prefix: str, num_blocks: int) -> dict[str, int]:
-    """Block each parameter goes with: its own, 0 for what comes before the blocks, the last for what comes after.
+def frozen_counts(model: nn.Module) -> dict[str, int]:
+    """Values of each matrix and parameter of a frozen base, by name; none where all of the model is trained."""
+    matrices = {
+        f"{name}.base": module.num_frozen for name, module in model.named_modules() if hasattr(module, "num_frozen")
+    }
+    if not matrices:
+        return {}
+    return matrices | {name: p.numel() for name, p in model.named_parameters() if not p.requires_grad}
+
+
+def block_of_each(model: PreTrainedModel) -> dict[str, int]:
+    """Block that each parameter, and each buffer in a block, goes with: its own, 0 for what comes before the blocks,
+    the last for what comes after.
 
     Hugging Face models make their modules in the order in which they run, with the exceptions in AFTER_BLOCKS.
     """
-    blocks: dict[str, int] = {}
+    prefix, num_blocks = find_blocks(model)
+    buffers = model.named_buffers(remove_duplicate=False)
+    inside = [name for name, _ in buffers if name.startswith(prefix + ".")]
+    blocks = {name: int(name[len(prefix) + 1 :].split(".", 1)[0]) for name in inside}
     seen_blocks = False
-    for name, _ in model.named_parameters():
+    for name, _ in model.named_parameters(remove_duplicate=False):
         if name.startswith(prefix + "."):
             blocks[name] = int(name[len(prefix) + 1 :].split(".", 1)[0])
             seen_blocks = True

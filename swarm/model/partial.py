@@ -22,7 +22,8 @@ from swarm.errors import ConfigError
 from swarm.model.architecture import architecture, is_folder, match_folder
 from swarm.model.build import check_causal, check_vocabulary
 from swarm.model.draw import draw
-from swarm.model.skeleton import Skeleton, adopt, allocate, never_set, put, skeleton_of, tensors
+from swarm.model.lora import adapt
+from swarm.model.skeleton import Skeleton, adopt, allocate, never_set, put, skeleton, skeleton_of, tensors
 from swarm.model.stage import Stage
 from swarm.model.weights import Checkpoint, read
 
@@ -34,8 +35,24 @@ def build_stage(
 
     Weights, `tokenizer_size` and errors as in `build_model`; besides, ConfigError where there are no such blocks, and
     for the few families whose parts cannot be made by themselves. Needs memory for what the stage holds (and its
-    conversions); the last stage of a model with a tied head also, for a moment, for the embedding.
+    conversions); the last stage of a model with a tied head also, for a moment, for the embedding. With a frozen base
+    (`lora.py`): block by block, so that there is never more than one in fp32.
     """
+    if run.model.lora is None:
+        return _build(run, blocks, weights_from=weights_from, tokenizer_size=tokenizer_size)
+    values: dict[str, torch.Tensor] = {}
+    first, end = blocks
+    for block in range(first, max(end, first + 1)):
+        part = _build(run, (block, block + 1), weights_from=weights_from, tokenizer_size=tokenizer_size)
+        adapt(part.model, run.model.lora, run.seed)
+        values |= dict(tensors(part.model))
+    return join_stages(run, blocks, values)
+
+
+def _build(
+    run: RunConfig, blocks: tuple[int, int], *, weights_from: str | None, tokenizer_size: int | None
+) -> Stage:
+    """Without adapters."""
     source = weights_from or run.model.source
     config = architecture(run)
     if source is not None and is_folder(source):
@@ -59,7 +76,7 @@ def build_stage(
 def join_stages(run: RunConfig, blocks: tuple[int, int], values: Mapping[str, torch.Tensor]) -> Stage:
     """Blocks [first, one past the last) made of parameters and buffers that are here already, by their names in the
     whole model: those of several stages. They are shared, not copied. Raises KeyError where some are missing."""
-    whole = skeleton_of(architecture(run)).model
+    whole = skeleton(run)
     adopt(whole, values)
     stage = Stage(whole, *blocks)
     missing = [name for name, tensor in tensors(stage.model) if tensor.is_meta]

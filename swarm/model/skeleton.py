@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from swarm.config import RunConfig
 from swarm.model.architecture import INVALID, architecture, not_valid
+from swarm.model.lora import adapt
 
 _auto: Any = AutoModelForCausalLM  # its methods have no types
 
@@ -27,8 +28,12 @@ class Skeleton(NamedTuple):
 
 
 def skeleton(run: RunConfig) -> PreTrainedModel:
-    """The run's model on the meta device, in train mode, its head untied. Raises ConfigError as `architecture` does."""
-    return skeleton_of(architecture(run)).model
+    """The run's model on the meta device, in train mode, its head untied, adapters included. Raises ConfigError as
+    `architecture` does, and where adapters cannot be."""
+    model = skeleton_of(architecture(run)).model
+    if run.model.lora is not None:
+        adapt(model, run.model.lora, run.seed)
+    return model
 
 
 def skeleton_of(config: PreTrainedConfig) -> Skeleton:

@@ -127,8 +127,8 @@ class Dht:
             log.debug("the DHT cannot meet %s: %s", peer_id, error)
 
     async def meet_again(self) -> None:
-        """Those through whom we have come, once more: a first contact that failed on a busy machine would leave us alone
-        in an empty DHT for good."""
+        """Those through whom we have come, once more: a first contact that failed on a busy machine would leave us
+        alone in an empty DHT for good."""
         await asyncio.gather(*(self.meet(peer_id) for peer_id in self._first))
 
     async def publish(self, key: str, payload: str, *, ttl_s: float) -> bool:

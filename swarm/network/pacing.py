@@ -35,10 +35,10 @@ DELAY_MEMORY_S = 30.0
 GROWTH = 0.25
 """a round trip, once the path has been full: doubling again would add a whole round trip of delay each time"""
 PACE, BURST_S = 1.25, 0.01
-"""Once the path has been full, bytes leave at most so many times as fast as it was then, or is now, in bursts of at most
-so long. Else two peers that send to each other fall into step: what is said of one's bytes comes back
-behind a whole window of the other's and lets go a whole window at once, and one of the lines is always empty. Simulated,
-100 Mbit/s: both were three quarters full; now they are full, with a shorter queue"""
+"""Once the path has been full, bytes leave at most so many times as fast as it was then, or is now, in bursts of at
+most so long. Else two peers that send to each other fall into step: what is said of one's bytes comes back behind a
+whole window of the other's and lets go a whole window at once, and one of the lines is always empty. Simulated, 100
+Mbit/s: both were three quarters full; now they are full, with a shorter queue"""
 RATE_MEMORY_S = 2.0
 """the fastest of so long counts: a measured rate is too low where we had nothing to send or a machine was busy, and
 never much too high (BBR, too)"""
@@ -98,7 +98,7 @@ class Pacing:
             self._flat, self._best, self._reference = 0, 0.0, 0.0
             self._round_trip_ends = self.sent + size
         self.sent += size
-        if self._was_full:  # what is measured after a pause is too slow, so what was measured of a full path counts, too
+        if self._was_full:  # after a pause too little is measured, so what was measured of a full path counts, too
             self._free_at = max(self._free_at, now - BURST_S) + size / (PACE * max(self.bytes_per_s, self._full_rate))
         self._marks.append(_Mark(self.sent, now, self.arrived, self._there_at))
 

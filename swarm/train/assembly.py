@@ -43,19 +43,23 @@ def assemble(
     def warn(text: str) -> None:
         emit(Warning(text))
 
-    bits = place.planner.settings.optimizer_bits
+    settings = place.planner.settings
+    bits = settings.optimizer_bits
     if len(held.fragments) == run.fragments:
         assert stream is not None
         serving: Serving
         inner = InnerOptimizer(
-            held.model, held.fragments, run, between=lambda: serving.pause(), warn=warn, optimizer_bits=bits
+            held.model, held.fragments, run, between=lambda: serving.pause(), warn=warn, optimizer_bits=bits,
+            at_once=settings.at_once,
         )
         serving = network.run(serve(run, held, inner, averager, network, boundary, in_flight=place.in_flight))
+        serving.compute.pieces.at_once = settings.at_once or None
         return Assembly(Trainer(run, inner, stream, averager, network, boundary, serving), None)
     optimizers, pieces = Optimizers(run, warn=warn, bits=bits), split(held)
     for piece in pieces:
         optimizers.add(piece.spec, piece.parameters)
     serving = network.run(serve(run, held, optimizers, averager, network, boundary, in_flight=place.in_flight))
+    serving.compute.pieces.at_once = settings.at_once or None
     trainer = StageTrainer(run, serving, averager, network, stream=stream)
     parts = Parts(
         run, device, place.planner, averager, optimizers, serving, trainer, network.directory, load_stream, emit

@@ -22,16 +22,16 @@ class InnerOptimizer(Optimizers):
     def __init__(
         self, model: Model, fragments: Sequence[FragmentSpec], run: RunConfig, *,
         between: Callable[[], None] = lambda: None, warn: Callable[[str], None] = lambda text: None,
-        optimizer_bits: int = 32,
+        optimizer_bits: int = 32, at_once: int = 0,
     ) -> None:
         """`fragments`: those of `model`. `between` is called between microbatches; `warn` with what a person should
-        know."""
+        know. `at_once`: sequences of a microbatch at most; 0: as many as fit."""
         super().__init__(run, warn=warn, bits=optimizer_bits)
         self._model, self._between = model, between
         parameters = dict(model.named_parameters())
         for fragment in fragments:
             self.add(fragment, parameters)
-        self._microbatch = run.train.batch_sequences
+        self._microbatch = at_once or run.train.batch_sequences
 
     def gradients(self, batch: Batch) -> float:
         """Mean loss (nats a token) over the targets of `batch`; leaves its gradient in the parameters."""

@@ -223,6 +223,7 @@ class Mover:
         begins = stage[0] == 0 and (kept == NO_STAGE or kept[0] > 0)
         stream = await parts.stream() if begins else None  # before it serves: it may not be there
         made = await asyncio.to_thread(stage_of, parts.run, [self._pieces[index] for index in range(*stage)])
+        parts.planner.settings.arrange(made.model)
         await parts.averager.context.at_boundary(lambda: parts.serving.compute.restage(made))
         self._say_serving(stage)
         if stream is not None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
+import dataclasses
 import logging
 import threading
 import time
@@ -105,7 +106,11 @@ class Participant:
 
         began = time.monotonic()
         if config.new_swarm:
-            self.run, self.held = run_source.new_run(config.run, choose=lambda run: self._find_place(run, device).part)
+            base = run_source.base_folder(config.run, config.base)
+            self.config = config = dataclasses.replace(config, base=base)
+            self.run, self.held = run_source.new_run(
+                config.run, choose=lambda run: self._find_place(run, device).part, base=base
+            )
         elif not config.initial_peers:
             self.run = run_source.remembered(self.home, config.run_id)
         arrival = self._arrival = Arrival(config, self.home, self.network)
@@ -115,6 +120,8 @@ class Participant:
                 join.find_run(self.network.dht, run_id=config.run_id, deadline_s=config.join_timeout_s)
             )
         self._folder = run_source.remember(self.run, self.home)
+        base = run_source.remember_base(self.run, self._folder, config.base)
+        self.config = config = dataclasses.replace(config, base=base)
         self._on_run(self._folder)
         situating = time.monotonic()
         self.network.run(arrival.situate(self.run))
@@ -126,7 +133,8 @@ class Participant:
         if config.role == "trainer":
             began = time.monotonic()
             if self.held is None:
-                self.held = run_source.hold(self.run, part=self._first_part(self._find_place(self.run, device)))
+                part = self._first_part(self._find_place(self.run, device))
+                self.held = run_source.hold(self.run, part=part, weights_from=config.base)
             assert self._place is not None
             self._check("memory", f"{self._place.text}\n{self._place.plan.table()}", began)
             self.held.model.to(device)  # type: ignore[arg-type]

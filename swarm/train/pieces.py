@@ -14,7 +14,7 @@ import torch
 from swarm.averaging.global_state import GlobalState
 from swarm.averaging.layout import Layout
 from swarm.config import RunConfig
-from swarm.model.fragments import FragmentSpec, find_blocks
+from swarm.model.fragments import FragmentSpec, block_of_each, find_blocks, frozen_counts
 from swarm.model.partial import join_stages
 from swarm.model.skeleton import tensors
 from swarm.model.stage import Stage
@@ -49,7 +49,7 @@ class Start:
 
 def build(run: RunConfig, index: int, *, device: torch.device, settings: Settings) -> tuple[Piece, Start]:
     """A fragment at the run's start. Raises ConfigError as `hold` does."""
-    held = hold(run, part=(index, index + 1))
+    held = hold(run, part=(index, index + 1), weights_from=settings.base)
     held.model.to(device)  # type: ignore[arg-type]
     settings.prepare(held.model)
     return split(held)[0], Start(held.layouts[index], held.states[index], matches_start(run, held)[index])
@@ -57,8 +57,10 @@ def build(run: RunConfig, index: int, *, device: torch.device, settings: Setting
 
 def split(held: Held) -> list[Piece]:
     """What was built at once, fragment by fragment. Parameters that are not trained, and buffers, go with the block
-    that they are in; those outside the blocks with every piece."""
+    that they are in; an embedding or head that is frozen as one that is trained; other ones with every piece."""
     prefix, _ = find_blocks(held.model)
+    block_of = block_of_each(held.model)
+    frozen = frozen_counts(held.model)
     by_name = dict(tensors(held.model))
     trained = {spec.name for fragment in held.fragments for spec in fragment.tensors}
     pieces = []
@@ -66,9 +68,9 @@ def split(held: Held) -> list[Piece]:
         own = {spec.name for spec in fragment.tensors}
 
         def belongs(name: str, fragment: FragmentSpec = fragment) -> bool:
-            if not name.startswith(prefix + "."):
+            if name not in frozen and not name.startswith(prefix + "."):
                 return True
-            return fragment.blocks[0] <= int(name[len(prefix) + 1:].split(".", 1)[0]) < fragment.blocks[1]
+            return fragment.blocks[0] <= block_of[name] < fragment.blocks[1]
 
         found = {name: t for name, t in by_name.items() if name in own or (name not in trained and belongs(name))}
         pieces.append(Piece(fragment, found))

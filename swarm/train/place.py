@@ -8,7 +8,8 @@ bits (settings.py), before a smaller stage is.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
 
@@ -20,7 +21,9 @@ from swarm.errors import SwarmError
 from swarm.host.device import available_bytes
 from swarm.host.keep import LITTLE
 from swarm.host.memory import PartSize, StagePlan, Work, check_fits, plan_stage
-from swarm.model.fragments import FragmentSpec, cut
+from swarm.model.build import Model
+from swarm.model.fragments import FragmentSpec, block_of_each, cut
+from swarm.model.lora import frozen_tensors, is_adapted, is_matrix, largest_matrix
 from swarm.model.skeleton import skeleton
 from swarm.network.records import Status
 from swarm.pipeline.placement import choose_stage
@@ -47,24 +50,13 @@ def choose(
     run: RunConfig, config: PeerConfig, *, device: torch.device, statuses: Mapping[str, Status], peer_id: str
 ) -> Place:
     """Raises ConfigError where the fragments that were asked for do not fit, SwarmError where none does."""
-    whole = skeleton(run)
-    fragments = cut(whole, run.fragments)
-    text_config = whole.config.get_text_config()
     main_bytes = min(available_bytes(), config.max_memory or available_bytes())
     gpu_bytes = 0
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
         gpu_bytes = min(free, config.max_memory or free)
-    sizes = [_size(fragment, text_config.vocab_size, is_last=fragment is fragments[-1]) for fragment in fragments]
-    round_bytes = max(size.num_parameters for size in sizes) * run.averaging.bits * 5 // 4 // 8  # a quarter is 8-bit
-    ways = _Ways(Planner(
-        sizes, Work(
-            hidden_size=text_config.hidden_size, num_heads=text_config.num_attention_heads,
-            sequence_length=run.train.sequence_length, microbatch_sequences=microbatch_sequences(run),
-            pieces=run.train.batch_sequences // microbatch_sequences(run), bits=run.averaging.bits,
-            buffers=outer.num_buffers(run), sync=run.averaging.mode == "sync", on_gpu=device.type == "cuda",
-        ), run, main_bytes, gpu_bytes, Settings(),
-    ), choices(run, config, device, round_bytes=round_bytes))
+    base = planner_of(run, on_gpu=device.type == "cuda", main_bytes=main_bytes, gpu_bytes=gpu_bytes)
+    ways = Ways(base, config, device=device)
     everything = (0, run.fragments)
     if config.fragment_span is not None:
         place = ways.best(config.fragment_span, "as it was told to")
@@ -88,11 +80,18 @@ def choose(
     return place
 
 
-class _Ways:
-    """To use this peer's memory, from the best to the one that takes least; each found out when it is come to."""
+class Ways:
+    """To use a peer's memory, from the best to the one that takes least; each found out when it is come to."""
 
-    def __init__(self, planner: Planner, settings: Iterator[Settings]) -> None:
-        self._planner, self._settings = planner, settings
+    def __init__(
+        self, planner: Planner, config: PeerConfig, *, device: torch.device, problem: Callable[..., str] | None = None,
+    ) -> None:
+        """`planner`: with any settings. `problem`: as in `choices`; by default, what this machine cannot do is found
+        out by trying it."""
+        run, self._planner = planner.run, planner
+        largest = max(size.num_parameters for size in planner.sizes)
+        round_bytes = largest * run.averaging.bits * 5 // 4 // 8  # a quarter is 8-bit
+        self._settings = choices(run, config, device, round_bytes=round_bytes, problem=problem)
         self._known: list[Planner] = []
 
     def best(self, part: tuple[int, int], why: str) -> Place:
@@ -108,9 +107,10 @@ class _Ways:
 
     def roomiest(self) -> Planner:
         """The way in which most fragments fit. Of small models it is not that of the fewest bits, which load a
-        library."""
+        library. The one that takes least where not even one fits."""
         least = [planner for planner in self._all() if planner.settings.keep.name == LITTLE.name]
-        return max(least, key=Planner.longest)
+        best = max(least, key=Planner.longest)
+        return best if best.longest() else least[-1]
 
     def _all(self) -> Iterator[Planner]:
         for number in count():
@@ -183,12 +183,39 @@ class Planner:
         is_whole = len(sizes) == len(self.sizes)
         work = replace(
             self.work, microbatches_in_flight=in_flight, halved=settings.halved, keep=settings.keep,
-            optimizer_bits=settings.optimizer_bits, batch_sequences=self.run.train.batch_sequences if is_whole else 0,
+            optimizer_bits=settings.optimizer_bits, recompute=settings.recompute, at_once=settings.at_once,
+            batch_sequences=self.run.train.batch_sequences if is_whole else 0,
         )
         size = sum(sizes[1:], start=sizes[0])
         return plan_stage(size, work, main_limit_bytes=self.main_bytes, gpu_limit_bytes=self.gpu_bytes)
 
 
-def _size(fragment: FragmentSpec, vocabulary: int, *, is_last: bool) -> PartSize:
-    numel = sum(torch.Size(tensor.shape).numel() for tensor in fragment.tensors)
-    return PartSize(numel, fragment.blocks[1] - fragment.blocks[0], vocabulary if is_last else 0)
+def planner_of(run: RunConfig, *, on_gpu: bool, main_bytes: int, gpu_bytes: int) -> Planner:
+    """With the plainest settings. Makes the model's skeleton: names and shapes, no weights."""
+    whole = skeleton(run)
+    text_config = whole.config.get_text_config()
+    work = Work(
+        hidden_size=text_config.hidden_size, num_heads=text_config.num_attention_heads,
+        sequence_length=run.train.sequence_length, microbatch_sequences=microbatch_sequences(run),
+        pieces=run.train.batch_sequences // microbatch_sequences(run), bits=run.averaging.bits,
+        buffers=outer.num_buffers(run), sync=run.averaging.mode == "sync", on_gpu=on_gpu,
+    )
+    return Planner(_sizes(whole, cut(whole, run.fragments)), work, run, main_bytes, gpu_bytes, Settings())
+
+
+def _sizes(whole: Model, fragments: Sequence[FragmentSpec]) -> list[PartSize]:
+    block_of = block_of_each(whole)
+    kept = [(block_of[name], name, tensor) for name, tensor in frozen_tensors(whole)] if is_adapted(whole) else []
+    found = []
+    for fragment in fragments:
+        first, end = fragment.blocks
+        own = [(name, tensor) for block, name, tensor in kept if first <= block < end]
+        matrices = [tensor for name, tensor in own if is_matrix(name)]
+        found.append(PartSize(
+            sum(math.prod(tensor.shape) for tensor in fragment.tensors), end - first,
+            whole.config.get_text_config().vocab_size if fragment is fragments[-1] else 0,
+            base_bytes=sum(tensor.numel() * tensor.element_size() for tensor in matrices),
+            base_values=sum(tensor.numel() for name, tensor in own if not is_matrix(name)),
+            largest_matrix=largest_matrix(whole),
+        ))
+    return found

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -17,8 +17,10 @@ from swarm.errors import ConfigError, SwarmError
 from swarm.host.home import Home, atomic_write
 from swarm.host.presets import preset_path
 from swarm.model import working
+from swarm.model.architecture import is_folder
 from swarm.model.build import Model, build_model, resolve
-from swarm.model.fragments import FragmentSpec, cut
+from swarm.model.fragments import FragmentSpec, block_of_each, cut
+from swarm.model.lora import base_digest, frozen_tensors
 from swarm.model.partial import build_stage
 from swarm.model.skeleton import skeleton
 from swarm.model.stage import Stage
@@ -40,13 +42,18 @@ class Held:
     layouts: dict[int, Layout]
     states: dict[int, GlobalState]
     """at version 0, as this machine draws or reads them"""
+    base_digests: dict[int, str] = field(default_factory=dict)
+    """of the frozen base, where there is one"""
 
 
 def hold(run: RunConfig, *, part: tuple[int, int] | None = None, weights_from: str | None = None) -> Held:
     """Build fragments [first, end) of the run's model, and nothing else; all of them without `part`.
 
-    `weights_from`: folder whose weights are the start. Raises ConfigError where there are no such fragments."""
-    if part is None or part == (0, run.fragments):
+    `weights_from`: folder whose weights are the start. Raises ConfigError where there are no such fragments, or where
+    the frozen base that is found here is not the run's."""
+    lora = run.model.lora is not None
+    part = part or (0, run.fragments)
+    if part == (0, run.fragments) and not lora:
         model = build_model(run, weights_from=weights_from)
         fragments = held = cut(model, run.fragments)
         stage = Stage(model, 0, fragments[-1].blocks[1])
@@ -63,7 +70,29 @@ def hold(run: RunConfig, *, part: tuple[int, int] | None = None, weights_from: s
     parameters = dict(stage.held())
     num_buffers = outer.num_buffers(run)
     states = {i: initial_state(i, layout.flatten(parameters), num_buffers) for i, layout in layouts.items()}
-    return Held(stage.model, stage, fragments, held, layouts, states)
+    digests = _base_digests(stage, held) if lora else {}
+    _check_base(run, digests)
+    return Held(stage.model, stage, fragments, held, layouts, states, digests)
+
+
+def _base_digests(stage: Stage, held: Iterable[FragmentSpec]) -> dict[int, str]:
+    block_of = block_of_each(stage.model)
+    tensors = list(frozen_tensors(stage.model))
+    return {
+        fragment.index: base_digest(
+            (name, tensor) for name, tensor in tensors if fragment.blocks[0] <= block_of[name] < fragment.blocks[1]
+        ) for fragment in held
+    }
+
+
+def _check_base(run: RunConfig, digests: Mapping[int, str]) -> None:
+    for index, digest in digests.items():
+        if run.base_digests and run.base_digests[index] != digest:
+            raise ConfigError(
+                f"the frozen base of fragment {index} is not the one that this run's adapters are for",
+                why=f"its digest is {digest}, the run's {run.base_digests[index]}",
+                do="give the folder of the model that the run was made from (--base DIR)",
+            )
 
 
 def load_states(held: Held, states: Iterable[GlobalState]) -> None:
@@ -76,16 +105,18 @@ def load_states(held: Held, states: Iterable[GlobalState]) -> None:
 
 
 def new_run(
-    file: str | None, *, choose: Callable[[RunConfig], tuple[int, int] | None] = lambda run: None
+    file: str | None, *, choose: Callable[[RunConfig], tuple[int, int] | None] = lambda run: None,
+    base: str | None = None,
 ) -> tuple[RunConfig, Held]:
     """A run config made complete for publication, its start included, and what this peer holds of the model: the
-    fragments [first, end) that `choose` names, or all. Raises ConfigError."""
+    fragments [first, end) that `choose` names, or all. `base`: folder of a frozen base. Raises ConfigError."""
     draft = load_run(file if file is not None else preset_path(DEMO))
     run = resolve(draft)
     check_model(run)
-    folder = draft.model.source if run.model.source is None else None
+    folder = base or (draft.model.source if run.model.source is None else None)
     part = choose(run)
-    if part not in (None, (0, run.fragments)) and folder is not None:
+    lora = run.model.lora is not None
+    if part not in (None, (0, run.fragments)) and folder is not None and not lora:
         raise ConfigError(
             "a run from weights in a folder must be started by a peer that holds all of it",
             why=f"nobody else could read the other fragments' weights from {folder}",
@@ -93,10 +124,42 @@ def new_run(
         )
     held = hold(run, part=part, weights_from=folder)
     digests = {index: state.digest for index, state in held.states.items()}
+    bases = dict(held.base_digests)
     for index in range(run.fragments):  # one at a time: together they may not fit
         if index not in digests:
-            digests[index] = hold(run, part=(index, index + 1)).states[index].digest
-    return dataclasses.replace(run, initial_digests=[digests[index] for index in range(run.fragments)]), held
+            other = hold(run, part=(index, index + 1), weights_from=folder)
+            digests[index] = other.states[index].digest
+            bases |= other.base_digests
+    return dataclasses.replace(
+        run, initial_digests=[digests[index] for index in range(run.fragments)],
+        base_digests=[bases[index] for index in sorted(bases)],
+    ), held
+
+
+def base_folder(file: str | None, given: str | None) -> str | None:
+    """Where this machine has the frozen base of a run that it starts: `given`, or the folder that the run names.
+    Raises ConfigError."""
+    draft = load_run(file if file is not None else preset_path(DEMO))
+    _check_has_base(draft, given)
+    source = draft.model.source if draft.model.lora is not None else None
+    return given or (source if source is not None and is_folder(source) else None)
+
+
+def remember_base(run: RunConfig, folder: Path, given: str | None) -> str | None:
+    """Where the frozen base is: `given`, kept in the run's `folder` for the next start, or what was kept there. None:
+    the run has no base, or it is on the hub or drawn. Raises ConfigError."""
+    _check_has_base(run, given)
+    file = folder / "base.txt"
+    if given is not None:
+        atomic_write(file, str(Path(given).expanduser().resolve()).encode())
+    return file.read_text(encoding="utf-8") if file.is_file() else None
+
+
+def _check_has_base(run: RunConfig, given: str | None) -> None:
+    if given is not None and run.model.lora is None:
+        raise ConfigError(
+            "--base is not for this run", why="it trains all weights, and has no frozen base", do="leave it out"
+        )
 
 
 def matches_start(run: RunConfig, held: Held) -> dict[int, bool]:

@@ -1,9 +1,9 @@
 """Peers as processes of their own that need not import anything: forked from one that has loaded the libraries.
 
-A start of `python -m swarm.peer` takes 4 to 5 s of a processor until torch, transformers and hivemind are there, and the
-tests start some two hundred peers. Python's own fork server loads them once for each worker of the tests; a peer is then
-a fork of it, in a session of its own, that runs the same `main`. It starts in tens of milliseconds, and all else is as
-ever: sockets, p2pd, signals, SIGKILL. What tests of the start itself want is still there (`Swarm(..., forked=False)`).
+A start of `python -m swarm.peer` takes 4 to 5 s of a processor until torch, transformers and hivemind are there, and
+the tests start some two hundred peers. Python's own fork server loads them once for each worker of the tests; a peer is
+then a fork of it, in a session of its own, that runs the same `main`. It starts in tens of milliseconds, and all else
+is as ever: sockets, p2pd, signals, SIGKILL. Tests of the start itself have it: `Swarm(..., forked=False)`.
 """
 
 from __future__ import annotations

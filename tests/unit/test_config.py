@@ -76,6 +76,7 @@ def test_the_hash_of_a_known_config_never_changes():
     )  # fmt: skip
     assert document.pop("pipeline") == {"activation_bits": 8}, "came later: spelt only where it says anything"
     assert (document.pop("sources"), document.pop("phases")) == ({}, []), "so did these"
+    assert document.pop("base_digests") == [] and document["model"].pop("lora") is None, "these as well"
     assert json.loads(canonical_json(run)) == document
     assert run.run_id == "demo-b252d456f4d8"
     assert canonical_json(run).isascii()
@@ -339,3 +340,38 @@ def test_the_fragments_to_hold_are_a_span(text, span):
 def test_other_spans_are_refused(text):
     with pytest.raises(ValueError, match=r"neither auto|there are no fragments"):
         _ = PeerConfig(fragments=text).fragment_span
+
+
+# --- adapters
+
+
+LORA = {**SMALLEST, "model": {"config": {"model_type": "gptj"}, "lora": {"rank": 8, "targets": ["q_proj"]}}}
+
+
+def test_adapters_are_spelt_where_they_are_used_and_only_there():
+    plain, lora = (run_from_dict(document, origin="test") for document in (SMALLEST, LORA))
+    assert b"lora" not in canonical_json(plain) and b"base_digests" not in canonical_json(plain)
+    spelt = json.loads(canonical_json(lora))["model"]["lora"]
+    assert spelt == {"rank": 8, "alpha": 32.0, "targets": ["q_proj"], "base": "nf4"}
+    assert run_from_json(canonical_json(lora), run_id=lora.run_id) == lora and lora.run_id != plain.run_id
+    named = dataclasses.replace(lora, base_digests=["0" * 32] * lora.fragments)
+    assert run_from_json(canonical_json(named), run_id=named.run_id) == named and named.run_id != lora.run_id
+
+
+@pytest.mark.parametrize(("lora", "said"), [
+    ({"rank": 0}, "rank must be 1 to 1024"), ({"rank": 5000}, "rank must be"), ({"alpha": 0}, "alpha must be"),
+    ({"base": "int3"}, "base must be one of nf4, bf16, fp32"), ({"targets": ["q proj"]}, "names of layers"),
+    ({"targets": ["q", "q"]}, "twice"), ({"rank": "x"}, "must be int"),
+    ({"ranks": 2}, "unknown key 'model.lora.ranks'"),
+])
+def test_adapters_that_cannot_be_are_refused(lora, said):
+    with pytest.raises(ConfigError, match=said):
+        run_from_dict({**SMALLEST, "model": {"config": {"model_type": "gptj"}, "lora": lora}}, origin="test")
+
+
+@pytest.mark.parametrize("digests", [["0" * 32], ["0" * 31] * 4, ["x" * 32] * 4])
+def test_digests_of_a_base_are_one_a_fragment(digests):
+    with pytest.raises(ConfigError, match="base_digests"):
+        run_from_dict({**LORA, "base_digests": digests}, origin="test")
+    with pytest.raises(ConfigError, match="of runs with model"):
+        run_from_dict({**SMALLEST, "base_digests": ["0" * 32] * 4}, origin="test")

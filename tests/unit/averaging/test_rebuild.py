@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from swarm.averaging import plan, rebuild
 from swarm.averaging.layout import Layout, layout_of
 from swarm.averaging.rebuild import Rebuilder, between, of_block
-from swarm.config import RunConfig
+from swarm.config import LoraConfig, RunConfig
 from swarm.errors import StateError
 from swarm.events import Warning
 from swarm.model.fragments import FragmentSpec, TensorSpec
@@ -310,13 +310,14 @@ def test_a_copy_on_anybody_s_disk_is_better_than_a_rebuilt_state(
     play(story())
 
 
+@pytest.mark.parametrize(("key", "value"), [("source", "somebody/model"), ("lora", LoraConfig())])
 def test_weights_that_the_run_began_with_are_nearer_than_any_neighbour(
-    make_run: MakeRun, keys: list[Keypair], monkeypatch: pytest.MonkeyPatch
+    key: str, value: object, make_run: MakeRun, keys: list[Keypair], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A fine-tuning run: its start is in no checkpoint of ours, but on the hub."""
+    """A fine-tuning run: its start is in no checkpoint of ours, but on the hub; or its adapters begin as nothing."""
     async def story() -> None:
         world, peers = make_swarm(make_run, keys, ((0,), (1,), (2,)), seed=9)
-        object.__setattr__(world.run.model, "source", "somebody/model")
+        object.__setattr__(world.run.model, key, value)
         await asyncio.sleep(60)
         await peers[1].kill()
         await settled(peers)

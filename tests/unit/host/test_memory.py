@@ -238,3 +238,61 @@ def test_a_block_keeps_no_more_activations_than_planned(name: str, dropout: floa
     work = Work(hidden_size=64, num_heads=4, sequence_length=32, microbatch_sequences=2, halved=halved)
     planned = activation_bytes(PartSize(0, num_blocks=1), work)
     assert 0.15 * planned < measured <= planned
+
+
+# --- blocks that are computed again, and a frozen base
+
+
+def test_of_a_block_that_is_computed_again_only_what_came_in_is_kept() -> None:
+    plain, again = rows(), rows(recompute=True)
+    tokens, a_value = 3 * 2 * 10, 4
+    assert again["activations of 3 x 2 x 10 tokens"] == tokens * 2 * 100 * a_value
+    assert again["a block that is computed again"] == 2 * 10 * (50 * 100 + 3 * 4 * 10) * a_value
+    changed = {"activations of 3 x 2 x 10 tokens", "a block that is computed again"}
+    assert {name: size for name, size in again.items() if name not in changed} == {
+        name: size for name, size in plain.items() if name not in changed
+    }
+
+
+def test_one_sequence_at_once_keeps_one_graph_and_what_came_in() -> None:
+    """A microbatch in pieces (pipeline/compute.py): no graph lives between its forward and its backward."""
+    [kept] = [size for name, size in rows(at_once=1).items() if name.startswith("activations")]
+    assert kept == 10 * 2 * (50 * 100 + 3 * 4 * 10) * 4 + 3 * 2 * 10 * 100 * 4
+    assert rows(at_once=2) == rows(), "a microbatch has two"
+
+
+def test_a_whole_models_batch_in_pieces_has_a_graph_of_one_piece() -> None:
+    whole = {"microbatches_in_flight": 0, "batch_sequences": 8}
+    assert rows(**whole)["activations"] == 8 * rows(**whole, at_once=1)["activations"]
+
+
+def test_logits_are_there_for_as_many_sequences_as_are_computed_at_once() -> None:
+    last = dataclasses.replace(MILLION, logits=1000)
+    for at_once, sequences in ((0, 2), (1, 1)):
+        work = dataclasses.replace(WORK, at_once=at_once, recompute=True)
+        more = activation_bytes(last, work) - activation_bytes(MILLION, work)
+        assert more == sequences * 10 * 3 * 1000 * 4
+
+
+def test_rows_of_a_frozen_base() -> None:
+    """What is trained is counted as ever; the base takes its own bytes, and a matrix at a time becomes values."""
+    base = dataclasses.replace(MILLION, base_bytes=5_000_000, base_values=300_000, largest_matrix=70_000)
+    found, plain = rows(base), rows()
+    assert found.pop("frozen base") == 5_000_000 + 4 * 300_000
+    assert found.pop("values of a frozen matrix") == 4 * 70_000
+    assert found == plain
+    assert rows(base, halved=True)["frozen base"] == 5_000_000 + 2 * 300_000
+
+
+def test_a_frozen_base_adds_up_over_fragments_and_its_largest_matrix_does_not() -> None:
+    one = PartSize(10, 1, base_bytes=100, base_values=7, largest_matrix=30)
+    both = one + PartSize(20, 2, base_bytes=50, base_values=3, largest_matrix=40)
+    assert (both.base_bytes, both.base_values, both.largest_matrix) == (150, 10, 40)
+
+
+def test_what_is_there_once_is_marked_so() -> None:
+    work = dataclasses.replace(WORK, recompute=True, on_gpu=True)
+    size = dataclasses.replace(MILLION, base_bytes=1000, largest_matrix=10)
+    plan = plan_stage(size, work, main_limit_bytes=ROOM, gpu_limit_bytes=ROOM)
+    shared = {row.what for row in plan.rows if row.shared and row.on_gpu}
+    assert shared == {"values of a frozen matrix", "a block that is computed again"}

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from swarm.config import AveragingConfig, DataConfig, ModelConfig, PeerConfig, RunConfig, TrainConfig
+from swarm.config import AveragingConfig, DataConfig, LoraConfig, ModelConfig, PeerConfig, RunConfig, TrainConfig
 from swarm.errors import ConfigError, SwarmError
 from swarm.host.memory import PROGRAM_BYTES
 from swarm.network.records import Head, Status
-from swarm.train.place import Place, choose
+from swarm.train.place import Place, Ways, choose, planner_of
 from swarm.train.serving import CREDIT
 from swarm.train.settings import Settings, bfloat16_problem, choices
 
@@ -196,3 +196,55 @@ def test_a_prepared_model_has_what_was_chosen() -> None:
         model = torch.nn.Linear(4, 4)
         Settings(halved=halved).prepare(model)
         assert {p.dtype for p in model.parameters()} == {torch.bfloat16 if halved else torch.float32}
+
+
+def test_what_costs_time_comes_after_what_costs_precision() -> None:
+    ways = list(choices(run_with(), PeerConfig(), CPU, round_bytes=0, problem=lambda device, *, halved, bits: ""))
+    first = next(index for index, way in enumerate(ways) if way.recompute)
+    assert all(way.recompute for way in ways[first:]) and ways[first - 1].halved
+    assert [way.at_once for way in ways[first:]] == [0, 0, 1, 1]
+    assert {(way.halved, way.optimizer_bits) for way in ways[first:]} == {(True, 8)}
+    assert "blocks computed twice, 1 sequence at once" in ways[-1].text and "twice" not in ways[0].text
+
+
+def test_blocks_are_computed_twice_where_only_that_fits() -> None:
+    """Long sequences: what is kept of them is more than the weights."""
+    long = run_with(sequence_length=2048, batch_sequences=4)
+    few = place(run=long, fragments="1:5", **with_room(550), optimizer_bits="32", weights="fp32").planner.settings
+    many = place(run=long, fragments="1:5", max_memory=8000 * MB).planner.settings
+    assert few.recompute and few.optimizer_bits == 32 and not few.halved, "what was asked for is kept to"
+    assert not many.recompute
+
+
+def lora_run(base: str = "nf4") -> RunConfig:
+    wide = {**GPTJ, "n_embd": 1024, "n_head": 16}
+    model = ModelConfig(config=wide, lora=LoraConfig(rank=8, base=base))
+    return RunConfig(**{**vars(run_with(sequence_length=16)), "model": model})
+
+
+def test_a_frozen_base_is_planned_for_in_its_own_bits() -> None:
+    sizes = {base: place(run=lora_run(base), fragments="1:2").plan for base in ("nf4", "bf16", "fp32")}
+    weights = 12 * 1024**2
+    for base, bits in (("nf4", 4.25), ("bf16", 16), ("fp32", 32)):
+        [row] = [row.num_bytes for row in sizes[base].rows if row.what == "frozen base"]
+        assert row == pytest.approx(weights * bits / 8, rel=0.02)
+    [trained] = [row.what for row in sizes["nf4"].rows if row.what.startswith("weights (")]
+    assert trained == "weights (147k parameters)", "of six layers: rank times (in + out)"
+
+
+def test_with_adapters_more_of_a_model_fits() -> None:
+    def longest(run: RunConfig) -> int:
+        planner = planner_of(run, on_gpu=False, main_bytes=PROGRAM_BYTES + 450 * MB, gpu_bytes=0)
+        return Ways(planner, PeerConfig(), device=CPU).roomiest().longest()
+
+    all_weights = RunConfig(**{**vars(lora_run()), "model": ModelConfig(config=lora_run().model.config)})
+    assert longest(all_weights) == 0 < 4 <= longest(lora_run())
+
+
+def test_an_fp32_base_is_computed_with_in_fp32() -> None:
+    ways = list(choices(lora_run("fp32"), PeerConfig(), CPU, round_bytes=0))
+    assert not any(way.halved for way in ways)
+    with pytest.raises(ConfigError, match="not for this run") as caught:
+        next(choices(lora_run("fp32"), PeerConfig(weights="bf16"), CPU, round_bytes=0))
+    assert "frozen base is fp32" in caught.value.why
+    assert next(choices(lora_run(), PeerConfig(base="/there"), CPU, round_bytes=0)).base == "/there"
