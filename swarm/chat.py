@@ -5,8 +5,8 @@
     python -m swarm.chat --initial-peers /ip4/203.0.113.7/...           a swarm, while it is trained
 
 What you say and what it answers is one text, which it goes on with: /new begins another, Ctrl+C ends an answer. A live
-swarm is asked for each token through its peers, with all of the text before it: slow, and nothing is downloaded. Whoever
-holds the first or the last fragment sees your text.
+swarm is asked for each token through its peers, with all of the text before it: slow, and nothing is downloaded.
+Whoever holds the first or the last fragment sees your text.
 """
 
 from __future__ import annotations

@@ -30,8 +30,8 @@ class Conversation:
         self._turns = []
 
     def say(self, line: str, *, goes_on: bool = False) -> Iterator[str]:
-        """The answer to a line as it grows: each time all of it so far. `goes_on`: the text of the line goes on, instead
-        of a new line after it. What was written is remembered, also where the caller stops listening."""
+        """The answer to a line as it grows: each time all of it so far. `goes_on`: the line's own text goes on, where
+        else a new line begins. What was written is remembered, also where the caller stops listening."""
         asked = line if goes_on else line + "\n"
         self.ids, text = [], ""
         prompt = self._prompt(asked)

@@ -115,12 +115,15 @@ def load_export(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]
     """As anybody would load it, without any code of ours. Raises ConfigError."""
     path = str(folder.expanduser())
     try:
-        return AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
+        model, tokenizer = AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
+        if len(tokenizer) < 2 or tokenizer.eos_token_id is None:  # what transformers makes where there are no files
+            raise ValueError("there is no tokenizer in it that has an end-of-text token")
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError) as error:
         raise ConfigError(
             f"cannot load the model in {folder}", why=(str(error) or type(error).__name__).splitlines()[0],
             do="give a folder that scripts/export.py or save_pretrained has written, the tokenizer's files in it too",
         ) from None
+    return model, tokenizer
 
 
 def run_of_export(folder: Path) -> RunConfig | None:

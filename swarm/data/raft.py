@@ -41,8 +41,8 @@ SHOWN_MAX, TRIALS, ANSWER_TOKENS_MAX = 5, 3, 30
 SPLIT_SEED, ASKED_SHARE = 42, 0.8
 
 OVERLAP = (
-    "P3 and Natural-Instructions hold examples of tasks that RAFT and HELM test (banking77, tweet_eval_hate and others):"
-    " a model that was trained on them has seen some of what it is asked here"
+    "P3 and Natural-Instructions hold examples of tasks that RAFT and HELM test (banking77, tweet_eval_hate and others)"
+    ": a model that was trained on them has seen some of what it is asked here"
 )
 
 

@@ -115,7 +115,8 @@ def _front_matter(facts: Facts) -> str:
 
 def _use(facts: Facts) -> str:
     lines = [
-        "```python", *(["import torch"] if facts.mark else []), "from transformers import AutoModelForCausalLM, AutoTokenizer", "",
+        "```python", *(["import torch"] if facts.mark else []),
+        "from transformers import AutoModelForCausalLM, AutoTokenizer", "",
         'folder = "."  # or where you downloaded it to', "tokenizer = AutoTokenizer.from_pretrained(folder)",
         "model = AutoModelForCausalLM.from_pretrained(folder)",
     ]
