@@ -80,8 +80,10 @@ def answer(
     answerer: Answerer, tokenizer: PreTrainedTokenizerBase, prompt: str, manner: Manner, *, max_tokens: int,
     stop: str | None = "\n",
 ) -> str:
-    """The likeliest answer to a prompt, up to `stop` (not included), the end of the text, or `max_tokens`."""
-    ids = encode(tokenizer, prompt)
+    """The likeliest answer to a prompt, up to `stop` (not included), the end of the text, or `max_tokens`. Of a prompt
+    that leaves no room for it, the end is asked."""
+    room = max(1, manner.sequence_length - len(manner.mark) - max_tokens)
+    ids = encode(tokenizer, prompt)[-room:]
     written: list[int] = []
     text = ""
     for token in write(answerer, ids, manner, choose=chooser(manner), max_tokens=max_tokens):

@@ -7,6 +7,7 @@ that: a loss over a whole text must never be taken so, for each token would see 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -29,6 +30,9 @@ class AtHand:
         self._asked: list[int] = []
         self._prefix = 0
         self._cache: Any = None
+        # transformers 5.23 has renamed it, and says so at each call with the old name
+        is_renamed = "cache" in inspect.signature(self._model.forward).parameters
+        self._cache_name = "cache" if is_renamed else "past_key_values"
 
     @torch.no_grad()
     def loss(
@@ -49,13 +53,13 @@ class AtHand:
         goes_on = 0 < known < len(ids) and self._prefix == prefix <= known and ids[:known] == self._asked
         goes_on = goes_on and self._cache is not None
         inputs = torch.tensor([ids[known:] if goes_on else ids], device=self._model.device)
-        how: dict[str, Any] = {"past_key_values": self._cache} if goes_on else {}
+        how: dict[str, Any] = {self._cache_name: self._cache} if goes_on else {}
         if prefix and not goes_on:
             prefixes = torch.tensor([prefix], device=inputs.device)
             how["attention_mask"] = prefix_mask(prefixes, len(ids), dtype=self._model.dtype)
         self._cache = None  # it is written to: gone, should the call be interrupted
         found = self._model(input_ids=inputs, use_cache=True, **how)
-        self._asked, self._prefix, self._cache = ids, prefix, getattr(found, "past_key_values", None)
+        self._asked, self._prefix, self._cache = ids, prefix, getattr(found, self._cache_name, None)
         logits: torch.Tensor = found.logits[0, -1].float().cpu()
         return logits
 

@@ -64,7 +64,7 @@ def _fitting(target: Target, prompt: raft.Prompt) -> tuple[str, bool]:
     """The prompt with as many of its examples, from the first, as leave room for the answer; whether that is all.
 
     Where not even the question fits, HELM cuts off its end, which would leave nothing to answer; here the beginning
-    gives way (write)."""
+    gives way (answer)."""
     room = target.manner.sequence_length - len(target.manner.mark) - raft.ANSWER_TOKENS_MAX
     for count in range(len(prompt.examples), 0, -1):
         text = prompt.text(count)

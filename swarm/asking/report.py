@@ -32,7 +32,7 @@ def markdown(report: Mapping[str, Any]) -> str:
         found += [f"**{title}**", "", "| " + " | ".join(head) + " |", "|-|" + "-:|" * (len(head) - 1)]
         found += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
         found.append("")
-    found += [f"Note: {printable(warning)}." for warning in report.get("warnings", [])]
+    found += [f"- Note: {printable(warning)}." for warning in report.get("warnings", [])]
     return "\n".join(found).strip()
 
 

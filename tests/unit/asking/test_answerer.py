@@ -14,6 +14,7 @@ from swarm.data.batch import Batch
 from swarm.data.tokenizer import byte_tokenizer
 
 MANNER = Manner(sequence_length=8, end=256, num_tokens=257)
+ROOMY = Manner(sequence_length=60, end=256, num_tokens=257)
 
 
 class Parrot:
@@ -92,12 +93,20 @@ def test_it_is_never_shown_more_than_it_sees_at_once(prompt: int, tokens: int, p
 def test_an_answer_ends_with_its_line() -> None:
     tokenizer = byte_tokenizer()
     say = reads_out(" yes\nand more")
-    assert answer(say, tokenizer, "Is it?", MANNER, max_tokens=30) == " yes"
+    assert answer(say, tokenizer, "Is it?", ROOMY, max_tokens=30) == " yes"
     assert len(say.shown) == 5, "what nobody reads is not asked for"
     assert answer(reads_out("a\nb"), tokenizer, "x", MANNER, max_tokens=30, stop=None) == "a\nb"
     assert answer(reads_out("abcdef"), tokenizer, "x", MANNER, max_tokens=3) == "abc"
     assert answer(reads_out("\nlate"), tokenizer, "x", MANNER, max_tokens=9) == "", "as HELM counts it"
     assert answer(reads_out(""), tokenizer, "x", MANNER, max_tokens=9) == ""
+
+
+def test_an_answer_has_its_room() -> None:
+    """Of a prompt that is too long the end is asked, so that all of it stays while the answer is written."""
+    parrot = reads_out("abc")
+    assert answer(parrot, byte_tokenizer(), "0123456789", MANNER, max_tokens=3) == "abc"
+    assert [bytes(ids) for ids, _ in parrot.shown] == [b"56789", b"56789a", b"56789ab"]
+    assert answer(reads_out("abc"), byte_tokenizer(), "0123456789", MANNER, max_tokens=99) == "abc"
 
 
 def test_rows_of_the_vocabulary_without_a_token_are_never_chosen() -> None:

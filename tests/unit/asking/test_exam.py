@@ -86,7 +86,7 @@ def test_where_there_is_no_room_examples_are_left_out_from_the_last() -> None:
     assert max(student.tokens) + 30 <= room + 1
     tiny = Student(lambda prompt: "\n")
     ask_raft(target(tiny, length=40), [task()], questions_max=1)
-    assert all(prompt.endswith("\nLabel:") and len(prompt) <= 40 for prompt in tiny.prompts), "the question stays"
+    assert all(prompt.endswith("\nLabel:") and len(prompt) == 10 for prompt in tiny.prompts), "the question stays"
 
 
 def test_the_average_is_over_tasks() -> None:

@@ -40,7 +40,7 @@ def test_markdown_has_the_same_cells() -> None:
     for _, head, rows in tables(REPORT):
         for row in [head, *rows]:
             assert "| " + " | ".join(row) + " |" in text
-    assert "Note: another." in text and "\x1b" not in text
+    assert "\n- Note: another." in text and "\x1b" not in text
     assert "| piqa | acc_norm,none | 0.7500 |" in text
     assert all(line.count("|") == 4 for line in markdown({"lm_eval": REPORT["lm_eval"]}).splitlines() if "|" in line)
 
