@@ -108,8 +108,10 @@ def held_out_losses(config: RunConfig, model: PreTrainedModel, tokenizer: PreTra
     """Of each source and objective."""
     from swarm.asking import held_out
     from swarm.asking.at_hand import AtHand
+    from swarm.model.fragments import embedding_rows
 
-    batches = held_out.held_out(config, tokenizer, sequences=held_out.SEQUENCES)
+    vocabulary = embedding_rows(model)
+    batches = held_out.held_out(config, tokenizer, vocabulary=vocabulary)
     return held_out.losses(AtHand(model), tokenizer, batches)
 
 

@@ -8,21 +8,22 @@ Standard library and yaml only: `--help` must not wait for torch.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import hashlib
 import json
-import math
 import re
-import types
-import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from swarm.config_data import DataConfig as DataConfig
+from swarm.config_data import PhaseConfig as PhaseConfig
+from swarm.config_data import SourceConfig as SourceConfig
+from swarm.config_data import check_data, check_phases, check_sources
+from swarm.config_reader import build, has_text_keys, shown
 from swarm.errors import ConfigError
 
 MAX_RUN_CONFIG_BYTES = 8_000
@@ -41,24 +42,6 @@ class ModelConfig:
     """a folder in Hugging Face layout, or a hub id; its weights are the start"""
     revision: str | None = None
     """of the hub id"""
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """Which text: exactly one of `stdlib`, `files` and `hub`."""
-
-    stdlib: bool = False
-    """the running Python's own standard library and its documentation (about 12 MB, on every machine)"""
-    files: list[str] = field(default_factory=list)
-    """txt, jsonl or parquet files or glob patterns, read through `datasets`"""
-    hub: str | None = None
-    """a data set on the Hugging Face hub"""
-    revision: str | None = None
-    subset: str | None = None
-    split: str = "train"
-    text_field: str = "text"
-    held_out_percent: float = 4.0
-    """of the documents, chosen by the hash of their names; never trained on"""
 
 
 @dataclass(frozen=True)
@@ -111,7 +94,12 @@ class RunConfig:
 
     name: str
     model: ModelConfig
-    data: DataConfig
+    data: DataConfig | None = None
+    """the one text that it trains on, or"""
+    sources: dict[str, SourceConfig] = field(default_factory=dict)
+    """several by name: exactly one of `data` and `sources`"""
+    phases: list[PhaseConfig] = field(default_factory=list)
+    """one after the other; empty: plain causal text, each source with the same share"""
     tokenizer: str = "bytes"
     """"bytes", a folder, or a hub id"""
     fragments: int = 4
@@ -128,6 +116,30 @@ class RunConfig:
     @functools.cached_property
     def run_id(self) -> str:
         return f"{self.name}-{hashlib.sha256(canonical_json(self)).hexdigest()[:12]}"
+
+    def named_sources(self) -> dict[str, SourceConfig]:
+        """All it trains on, by name; `data` is called so."""
+        if self.data is None:
+            return self.sources
+        return {"data": SourceConfig(**dataclasses.asdict(self.data))}
+
+    def all_phases(self) -> list[PhaseConfig]:
+        """At least one, each with its mixture: every share given, and all of them together 1."""
+        names, phases = self.named_sources(), self.phases or [PhaseConfig()]
+        mixtures = [phase.mixture or dict.fromkeys(names, 1.0) for phase in phases]
+        return [
+            dataclasses.replace(phase, mixture={name: share / sum(of.values()) for name, share in of.items()})
+            for phase, of in zip(phases, mixtures, strict=True)
+        ]
+
+    def phase_at(self, swarm_tokens: int) -> int:
+        """Number of the phase that the swarm is in; after the end, the last."""
+        end, last = 0, max(0, len(self.phases) - 1)
+        for number, phase in enumerate(self.phases[:last]):
+            end += phase.tokens or 0
+            if swarm_tokens < end:
+                return number
+        return last
 
 
 @dataclass(frozen=True)
@@ -198,6 +210,11 @@ def canonical_json(run: RunConfig) -> bytes:
         document = dataclasses.asdict(run)
         if run.pipeline == PipelineConfig():
             del document["pipeline"]
+        document["sources"] = {name: _said(source) for name, source in run.sources.items()}
+        document["phases"] = [_said(phase) for phase in run.phases]
+        for name in ("data", "sources", "phases"):
+            if not document[name]:
+                del document[name]
         json.dumps(document, ensure_ascii=False).encode()  # half a surrogate pair is no text, though ASCII spells it
         return json.dumps(document, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
     except (TypeError, ValueError, RecursionError) as error:
@@ -205,6 +222,11 @@ def canonical_json(run: RunConfig) -> bytes:
             "the run config cannot be written as JSON", why=str(error)[:200],
             do="use text, finite numbers, true, false, null, lists, and keys that are text",
         ) from None
+
+
+def _said(part: SourceConfig | PhaseConfig) -> dict[str, Any]:
+    """What it says that is not so anyway."""
+    return {key: value for key, value in dataclasses.asdict(part).items() if value != getattr(type(part)(), key)}
 
 
 def load_run(path: str | Path) -> RunConfig:
@@ -243,76 +265,8 @@ def run_from_json(text: bytes, *, run_id: str | None = None) -> RunConfig:
 
 
 def run_from_dict(document: Any, *, origin: str) -> RunConfig:
-    run: RunConfig = _build(RunConfig, document, origin=origin, at="")
+    run: RunConfig = build(RunConfig, document, origin=origin, at="")
     return run
-
-
-def _build(cls: Any, document: Any, *, origin: str, at: str) -> Any:
-    """Make dataclass `cls` from plain data; unknown keys and wrong types are errors that name the key."""
-    where = at or "top level"
-    if not isinstance(document, dict):
-        raise ConfigError(f"{origin}: {where} must be keys and values", why=f"got {type(document).__name__}")
-    fields = {f.name: f for f in dataclasses.fields(cls)}
-    unknown = [key for key in document if key not in fields]
-    if unknown:
-        raise ConfigError(
-            f"{origin}: unknown key {', '.join(repr(f'{at}{key}') for key in unknown)}",
-            why="typos must not pass silently",
-            do=f"known here: {', '.join(fields)}",
-        )
-    missing = [
-        name for name, f in fields.items()
-        if name not in document and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-    ]
-    if missing:
-        raise ConfigError(f"{origin}: missing key {', '.join(repr(f'{at}{key}') for key in missing)}")
-    hints = typing.get_type_hints(cls)
-    values = {key: convert(hints[key], value, origin=origin, at=f"{at}{key}") for key, value in document.items()}
-    try:
-        return cls(**values)
-    except ConfigError as error:
-        raise ConfigError(f"{origin}: {error.what}", why=error.why, do=error.do) from None
-
-
-def convert(hint: Any, value: Any, *, origin: str, at: str) -> Any:
-    """`value` as type `hint`, or ConfigError. Integers pass for floats, lists for tuples, never the other way."""
-    if dataclasses.is_dataclass(hint):
-        return _build(hint, value, origin=origin, at=f"{at}.")
-    kind, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if kind in (types.UnionType, typing.Union):
-        if value is None:
-            return None
-        return convert(next(a for a in arguments if a is not type(None)), value, origin=origin, at=at)
-    if kind is list and isinstance(value, (list, tuple)):
-        return [convert(arguments[0], item, origin=origin, at=at) for item in value]
-    if kind is tuple and isinstance(value, (list, tuple)) and len(value) == len(arguments):
-        return tuple(convert(a, item, origin=origin, at=at) for a, item in zip(arguments, value, strict=True))
-    if kind is dict and isinstance(value, dict):
-        return value
-    if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-        with contextlib.suppress(OverflowError):  # a whole number beyond all floats
-            if math.isfinite(value):
-                return float(value)
-    elif hint is int and isinstance(value, int) and not isinstance(value, bool):
-        return value
-    elif hint in (str, bool) and isinstance(value, hint):
-        return value
-    wanted = getattr(hint, "__name__", str(hint))
-    raise ConfigError(f"{origin}: {at} must be {wanted}", why=f"got {_shown(value)}")
-
-
-def _shown(value: Any) -> str:
-    try:
-        return repr(value)[:200]
-    except (ValueError, RecursionError):  # Python spells no whole number of over 4300 digits
-        return "something too long to show"
-
-
-def _has_text_keys(value: Any) -> bool:
-    """JSON would turn the key 1 into "1", and null into "null": two documents with one hash."""
-    if isinstance(value, dict):
-        return all(isinstance(key, str) and _has_text_keys(item) for key, item in value.items())
-    return not isinstance(value, (list, tuple)) or all(map(_has_text_keys, value))
 
 
 def _check_run(run: RunConfig) -> None:
@@ -322,16 +276,18 @@ def _check_run(run: RunConfig) -> None:
 
     model, data, train, averaging = run.model, run.data, run.train, run.averaging
     name_fits = re.fullmatch(r"[a-z0-9][a-z0-9-]{0,39}", run.name) is not None
-    need(name_fits, "name must be 1-40 of a-z, 0-9 and -", f"got {_shown(run.name)}")
+    need(name_fits, "name must be 1-40 of a-z, 0-9 and -", f"got {shown(run.name)}")
     need((model.config is None) != (model.source is None), "model needs exactly one of config and source")
     need(model.config is None or isinstance(model.config.get("model_type"), str), "model.config needs a model_type")
     try:
-        need(_has_text_keys(model.config), "every key in model.config must be text")
+        need(has_text_keys(model.config), "every key in model.config must be text")
     except RecursionError:
         raise ConfigError("model.config is nested too deeply") from None
-    sources = data.stdlib + bool(data.files) + (data.hub is not None)
-    need(sources == 1, "data needs exactly one of stdlib, files and hub")
-    need(0 < data.held_out_percent <= 50, "data.held_out_percent must be over 0 and at most 50")
+    need((data is None) == bool(run.sources), "a run needs exactly one of data and sources")
+    if data is not None:
+        check_data(data)
+    check_sources(run.sources)
+    check_phases(run.phases, run.sources, total_tokens=train.total_tokens)
     need(1 <= run.fragments <= MAX_FRAGMENTS, f"fragments must be 1 to {MAX_FRAGMENTS}")
     need(0 <= run.seed < 2**31, "seed must be 0 to 2**31 - 1")
     need(8 <= train.sequence_length <= 2**20, "train.sequence_length must be 8 to 2**20 tokens")
@@ -341,11 +297,11 @@ def _check_run(run: RunConfig) -> None:
     need(train.warmup_tokens >= 0 and train.total_tokens > 0, "train.warmup_tokens or total_tokens is negative")
     need(all(0 <= beta < 1 for beta in train.betas), "train.betas must be 0 to below 1")
     need(train.weight_decay >= 0 and train.clip_norm >= 0, "train.weight_decay and clip_norm must not be negative")
-    need(averaging.mode in ("local", "sync"), "averaging.mode must be local or sync", f"got {_shown(averaging.mode)}")
-    need(averaging.bits in (4, 8, 32), "averaging.bits must be 4, 8 or 32", f"got {_shown(averaging.bits)}")
+    need(averaging.mode in ("local", "sync"), "averaging.mode must be local or sync", f"got {shown(averaging.mode)}")
+    need(averaging.bits in (4, 8, 32), "averaging.bits must be 4, 8 or 32", f"got {shown(averaging.bits)}")
     need(averaging.mode == "local" or averaging.bits == 32, "averaging.mode sync is exact: it needs bits 32")
     bits = run.pipeline.activation_bits
-    need(bits in (4, 8, 32), "pipeline.activation_bits must be 4, 8 or 32", f"got {_shown(bits)}")
+    need(bits in (4, 8, 32), "pipeline.activation_bits must be 4, 8 or 32", f"got {shown(bits)}")
     rough = averaging.mode == "sync" and bits == 4
     need(not rough, "averaging.mode sync is exact: it cannot have pipeline.activation_bits 4")
     need(averaging.tokens_per_round > 0, "averaging.tokens_per_round must be positive")

@@ -28,6 +28,7 @@ EXAMPLES = 100
 
 if TYPE_CHECKING:
     from swarm.asking.target import Target
+    from swarm.config import RunConfig
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -77,10 +78,16 @@ def evaluate(asked: Target, options: argparse.Namespace) -> dict[str, Any]:
             do="export the model first (scripts/export.py), and give that folder",
         )
     if asked.run is not None and not options.no_held_out:
-        batches = held_out.held_out(asked.run, asked.tokenizer, sequences=options.sequences)
+        batches = held_out.held_out(
+            asked.run, asked.tokenizer, vocabulary=asked.vocabulary, objectives=options.objectives,
+            sequences=options.sequences,
+        )
         losses = held_out.losses(asked.answerer, asked.tokenizer, batches, on_progress=tell)
         found |= held_out.overall(losses)
         found["held_out"] = [dataclasses.asdict(loss) for loss in losses]
+    if asked.run is not None and options.tasks:
+        examples = held_out_examples(asked.run, most=options.examples)
+        found["tasks"] = [dataclasses.asdict(score) for score in exam.ask_tasks(asked, examples, on_progress=tell)]
     if options.raft is not None:
         tasks = raft_files.read_tasks(options.raft, names=options.raft_tasks, say=warnings.append)
         scores = exam.ask_raft(asked, tasks, questions_max=options.questions, on_progress=tell)
@@ -95,6 +102,20 @@ def evaluate(asked: Target, options: argparse.Namespace) -> dict[str, Any]:
         if asked.manner.prefix:
             warnings.append("lm-evaluation-harness asks causally; this model was trained to read prompts both ways")
     return found | {"warnings": warnings, "seconds": round(time.monotonic() - began, 2)}
+
+
+def held_out_examples(run: RunConfig, *, most: int) -> dict[str, list[tuple[str, str]]]:
+    """Source of tasks -> (prompt, right answer) of examples that no peer trained on. Raises ConfigError."""
+    from swarm.data.held_out import held_out_questions
+    from swarm.errors import ConfigError
+
+    found = held_out_questions(run, most=most)
+    if not found:
+        raise ConfigError(
+            f"{run.run_id} has no held-out examples of tasks", why="its sources are plain text, or hold nothing out",
+            do="leave out --tasks",
+        )
+    return {name: [(one.prompt, one.answer) for one in questions] for name, questions in found.items()}
 
 
 def raft_notes(scores: Sequence[Any], questions: int | None) -> list[str]:
@@ -134,6 +155,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--sequences", type=positive, default=SEQUENCES, metavar="N",
         help=f"of the held-out text of each source, at most ({SEQUENCES})",
+    )
+    parser.add_argument(
+        "--objectives", nargs="+", default=[], metavar="NAME", help="measure these: causal, prefix, ul2 (the run's own)"
     )
     parser.add_argument("--no-held-out", action="store_true", help="leave out the loss on held-out text")
     parser.add_argument("--tasks", action="store_true", help="ask held-out examples of the run's own tasks")

@@ -19,6 +19,7 @@ from swarm.averaging import outer, plan
 from swarm.averaging.global_state import GlobalState
 from swarm.averaging.ledger import Drift, Ledger
 from swarm.config import RunConfig
+from swarm.data.batch import Batch
 from swarm.data.stream import PackedStream
 from swarm.pipeline import wire
 from swarm.pipeline.compute import StageCompute
@@ -108,15 +109,18 @@ class LockChain:
                 self._round_if_due(index, last=complete)
         return sum(losses) / len(losses)
 
-    def microbatch(self, tokens: torch.Tensor) -> float:
-        """`tokens` [sequences, length]: down the stages and back, added up at each; returns the mean loss."""
+    def microbatch(self, batch: Batch) -> float:
+        """Down the stages and back, added up at each; returns the mean loss."""
         key, self._number = self._number, self._number + 1
         path = [self._dice.choice(stage) for stage in self.stages]
-        values = tokens
+        values, segments = batch.tokens, batch.segments
         for here in path[:-1]:
-            left = here.compute.forward(key, values, start=here.start, end=here.end, tokens=tokens.numel())
+            left = here.compute.forward(
+                key, values, start=here.start, end=here.end, tokens=batch.numel(), segments=segments
+            )
             values = sent(left, self._bits)
-        loss, gradient = path[-1].compute.loss(key, values, tokens, start=path[-1].start, end=path[-1].end)
+        last = path[-1]
+        loss, gradient = last.compute.loss(key, values, batch.tokens, start=last.start, end=last.end, segments=segments)
         for here in reversed(path[:-1]):
             assert gradient is not None
             gradient = here.compute.backward(key, sent(gradient, self._back_bits))

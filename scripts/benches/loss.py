@@ -21,6 +21,7 @@ from swarm.averaging import outer, plan
 from swarm.averaging.global_state import GlobalState
 from swarm.averaging.ledger import Drift, Ledger
 from swarm.config import RunConfig, load_run
+from swarm.data.batch import Batch
 from swarm.data.sources import documents
 from swarm.data.stream import PackedStream, held_out_batches, tokenise
 from swarm.data.tokenizer import load_tokenizer
@@ -143,7 +144,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     return {"tokens": total, "peers": options.peers, "seeds": seeds, "baseline_bits": options.bits[0], "bits": rows}
 
 
-def one(run: RunConfig, tokens: torch.Tensor, sequences: torch.Tensor, *, num_peers: int) -> float:
+def one(run: RunConfig, tokens: torch.Tensor, sequences: Batch, *, num_peers: int) -> float:
     """Held-out loss of the global weights after the run's total tokens."""
     simulation = Simulation(run, num_peers=num_peers, tokens=tokens)
     began = time.monotonic()

@@ -12,12 +12,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch.nn import functional
 from transformers import PreTrainedModel
 
-from swarm.data.batch import Batch, Segment
-from swarm.model.evaluate import mean_loss
-from swarm.model.prefix import IGNORED, prefix_mask
+from swarm.data.batch import Batch
+from swarm.model.evaluate import held_out_loss, mean_loss
+from swarm.model.prefix import model_inputs
 
 SEQUENCES_AT_ONCE = 8
 
@@ -34,14 +33,12 @@ class AtHand:
         is_renamed = "cache" in inspect.signature(self._model.forward).parameters
         self._cache_name = "cache" if is_renamed else "past_key_values"
 
-    @torch.no_grad()
     def loss(
         self, batch: Batch, *, on_progress: Callable[[int, int], None] = lambda done, total: None
     ) -> tuple[float, int]:
         parts, done = [], 0
         for part in batch.split(SEQUENCES_AT_ONCE):
-            if part.num_targets:
-                parts.append((self._loss(part), part.num_targets))
+            parts.append((held_out_loss(self._model, part), part.num_targets))
             done += len(part)
             on_progress(done, len(batch))
         return mean_loss(parts), batch.num_targets
@@ -55,44 +52,9 @@ class AtHand:
         inputs = torch.tensor([ids[known:] if goes_on else ids], device=self._model.device)
         how: dict[str, Any] = {self._cache_name: self._cache} if goes_on else {}
         if prefix and not goes_on:
-            prefixes = torch.tensor([prefix], device=inputs.device)
-            how["attention_mask"] = prefix_mask(prefixes, len(ids), dtype=self._model.dtype)
+            how |= model_inputs(self._model, [[(prefix, len(ids))]])
         self._cache = None  # it is written to: gone, should the call be interrupted
         found = self._model(input_ids=inputs, use_cache=True, **how)
         self._asked, self._prefix, self._cache = ids, prefix, getattr(found, self._cache_name, None)
         logits: torch.Tensor = found.logits[0, -1].float().cpu()
         return logits
-
-    def _loss(self, batch: Batch) -> float:
-        """Mean over the targets of a part."""
-        tokens, how = batch.tokens.to(self._model.device), {}
-        targets = tokens.clone()
-        if batch.segments is not None:
-            length = tokens.shape[1]
-            masks = [segment_mask(row, length, dtype=self._model.dtype) for row in batch.segments]
-            how["attention_mask"] = torch.stack(masks)[:, None].to(tokens.device)
-            how["position_ids"] = torch.stack([positions(row) for row in batch.segments]).to(tokens.device)
-            targets[~torch.stack([is_target(row) for row in batch.segments]).to(tokens.device)] = IGNORED
-        logits = self._model(input_ids=tokens, use_cache=False, **how).logits[:, :-1].float()
-        return functional.cross_entropy(logits.flatten(0, 1), targets[:, 1:].flatten(), ignore_index=IGNORED).item()
-
-
-def segment_mask(row: Sequence[Segment], length: int, *, dtype: torch.dtype) -> torch.Tensor:
-    """What to add to the attention scores [length, length] of a row with these segments."""
-    mask = torch.full((length, length), torch.finfo(dtype).min, dtype=dtype)
-    start = 0
-    for prefix, size in row:
-        end = start + size
-        mask[start:end, start:end] = prefix_mask(torch.tensor([prefix]), size, dtype=dtype)[0, 0]
-        start = end
-    return mask
-
-
-def positions(row: Sequence[Segment]) -> torch.Tensor:
-    """int64 [length]: from 0 in each segment."""
-    return torch.cat([torch.arange(size) for _, size in row])
-
-
-def is_target(row: Sequence[Segment]) -> torch.Tensor:
-    """bool [length]: whether a loss is taken of a token."""
-    return torch.cat([torch.arange(size) >= max(1, prefix) for prefix, size in row])

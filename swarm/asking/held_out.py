@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
 from swarm.asking.answerer import Answerer
-from swarm.asking.at_hand import is_target
 from swarm.asking.manner import CAUSAL
 from swarm.config import RunConfig
+from swarm.data import held_out as held_out_data
 from swarm.data.batch import Batch
 from swarm.data.sources import documents
 from swarm.data.stream import held_out_batches, tokenise
 from swarm.data.tokenizer import text_bytes
 from swarm.errors import ConfigError
 from swarm.model.evaluate import mean_loss, perplexity
+from swarm.model.prefix import IGNORED, targets_of
 
 SEQUENCES = 256
 """spread over the text; of fewer, the first"""
@@ -37,12 +38,23 @@ class Loss:
     sequences: int
 
 
-def held_out(run: RunConfig, tokenizer: PreTrainedTokenizerBase, *, sequences: int = SEQUENCES) -> Batches:
-    """The same rows on each machine that has the same text. Raises ConfigError where it is not on this machine."""
+def held_out(
+    run: RunConfig, tokenizer: PreTrainedTokenizerBase, *, vocabulary: int, objectives: Sequence[str] = (),
+    sequences: int = SEQUENCES,
+) -> Batches:
+    """The same rows on each machine that has the same text, cut and packed as in training. `objectives`: all that the
+    run's phases have. Raises ConfigError where the text is not on this machine."""
+    if run.data is None or run.phases or objectives:
+        wanted = objectives or list(dict.fromkeys(phase.objective for phase in run.all_phases()))
+        return {
+            (source, objective): batch for objective in wanted for source, batch in held_out_data.held_out(
+                run, tokenizer, vocabulary=vocabulary, objective=objective, sequences=sequences
+            ).items()
+        }
     tokens = tokenise(documents(run.data)[1], tokenizer)
     count = max(SEQUENCES, sequences)
     rows = held_out_batches(tokens, sequence_length=run.train.sequence_length, num_sequences_max=count)
-    return {("data", CAUSAL): Batch(rows[:sequences])}
+    return {("data", CAUSAL): rows.part(slice(sequences))}
 
 
 def losses(
@@ -69,11 +81,8 @@ def losses(
 
 def target_bytes(batch: Batch, tokenizer: PreTrainedTokenizerBase) -> int:
     """Bytes of text that the targets stand for."""
-    length = batch.tokens.shape[1]
-    rows = batch.segments or [((0, length),)] * len(batch)
-    return sum(
-        text_bytes(tokenizer, tokens[is_target(row)].tolist()) for tokens, row in zip(batch.tokens, rows, strict=True)
-    )
+    targets = targets_of(batch.tokens, batch.segments)[:, 1:]
+    return sum(text_bytes(tokenizer, row[row != IGNORED].tolist()) for row in targets)
 
 
 def overall(found: Iterable[Loss]) -> dict[str, float | int]:

@@ -47,8 +47,8 @@ class Live:
 
     def next_logits(self, ids: Sequence[int], *, prefix: int = 0) -> torch.Tensor:
         """The whole text travels for each token: peers keep nothing of it."""
-        prefixes = [prefix] if prefix else []
-        logits = self._network.run(self._guest.logits(torch.tensor([list(ids)]), prefixes=prefixes))
+        segments = (((prefix, len(ids)),),) if prefix else None
+        logits = self._network.run(self._guest.logits(Batch(torch.tensor([list(ids)]), segments)))
         return logits[0, -1]
 
     async def _start(self) -> Guest:
@@ -68,7 +68,7 @@ class Live:
         async def ask(part: Batch) -> tuple[float, int]:
             nonlocal done
             async with room:
-                loss = await self._guest.loss(part.tokens)
+                loss = await self._guest.loss(part)
             done += len(part)
             on_progress(done, len(batch))
             return loss, part.num_targets

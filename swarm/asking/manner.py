@@ -6,7 +6,6 @@ of the mode that goes on with a text ([S2S]): without it the model may take the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -31,18 +30,11 @@ def manner_of(
     )
 
 
-def phases(run: RunConfig) -> list[tuple[int | None, str, Mapping[str, float]]]:
-    """(swarm tokens that it lasts, objective, share of each source) of each phase, at least one; shares add up to 1."""
-    all_phases: Any = getattr(run, "all_phases", None)
-    if all_phases is None:
-        return [(None, CAUSAL, {"data": 1.0})]
-    return [(phase.tokens, phase.objective, phase.mixture) for phase in all_phases()]
-
-
 def run_manner(run: RunConfig, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> Manner:
     """As its last phase wants it."""
+    objective = run.all_phases()[-1].objective
     return manner_of(
-        tokenizer, sequence_length=run.train.sequence_length, objective=phases(run)[-1][1], vocabulary=vocabulary
+        tokenizer, sequence_length=run.train.sequence_length, objective=objective, vocabulary=vocabulary
     )
 
 

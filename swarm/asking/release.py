@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from swarm.asking.manner import marks_of, phases, run_manner
+from swarm.asking.manner import marks_of, run_manner
 from swarm.asking.states import Weights
 from swarm.config import canonical_json
 from swarm.data.tokenizer import load_tokenizer
@@ -32,18 +31,14 @@ def facts(found: Weights, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -
     run, manner = found.run, run_manner(found.run, tokenizer, vocabulary)
     return card.Facts(
         run, parameters=sum(parameter.numel() for parameter in found.held.model.parameters()), tokens=found.tokens,
-        phases=phases(run), heads=[(state.version, state.tokens, state.digest) for state in found.states],
-        names=found.names, prefix=manner.prefix, mark=manner.mark, datasets=_datasets(run),
+        phases=[(phase.tokens, phase.objective, phase.mixture) for phase in run.all_phases()],
+        heads=[(state.version, state.tokens, state.digest) for state in found.states],
+        names=found.names, prefix=manner.prefix, mark=manner.mark,
+        datasets=[source.hub for source in run.named_sources().values() if source.hub is not None],
     )
 
 
 def _named(found: Weights, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> PreTrainedTokenizerBase:
     """With names for the marks that UL2 uses, where a phase of the run does."""
-    uses_marks = any(objective.startswith("ul2") for _, objective, _ in phases(found.run))
+    uses_marks = any(phase.objective.startswith("ul2") for phase in found.run.all_phases())
     return with_names(tokenizer, marks_of(tokenizer, vocabulary).names) if uses_marks else tokenizer
-
-
-def _datasets(run: Any) -> list[str]:
-    """Those on the hub."""
-    sources = [run.data, *getattr(run, "sources", {}).values()]
-    return [source.hub for source in sources if source is not None and source.hub is not None]

@@ -49,6 +49,11 @@ class Batch:
             return len(self.tokens) * (self.tokens.shape[1] - 1)
         return sum(num_targets(row) for row in self.segments)
 
+    @property
+    def num_segments(self) -> int:
+        """In all rows together; 0 where there are none to tell of."""
+        return sum(len(row) for row in self.segments or ())
+
     def split(self, sequences: int) -> list[Batch]:
         """Parts of so many sequences, the last one of what is left."""
         return [self.part(slice(first, first + sequences)) for first in range(0, len(self), sequences)]

@@ -1,4 +1,4 @@
-"""Text files on this machine as documents: txt (one a file), jsonl and parquet (one a row).
+"""Text files on this machine as documents: txt (one a file), jsonl, jsonl.zst and parquet (one a row).
 
 Why our own readers: `datasets.load_dataset` for files writes an Arrow copy under ~/.cache and infers the type of
 every column, so it fails on a column that we do not even want. Here one column is read, straight into memory,
@@ -8,15 +8,14 @@ and nothing is written anywhere.
 from __future__ import annotations
 
 import glob
-import json
 import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import pyarrow
-import pyarrow.parquet
-
+from swarm.data import rows
 from swarm.errors import ConfigError
 
+ENDINGS = (".txt", *rows.ENDINGS)
 Document = tuple[str, str]
 """(name, text)"""
 
@@ -30,22 +29,36 @@ def read_files(patterns: list[str], *, text_field: str) -> list[Document]:
     Raises ConfigError: no file matches, unknown extension, unreadable or not UTF-8, no `text_field` (says which
     fields there are), text that is not a string.
     """
-    documents: list[Document] = []
-    for name, path in find_files(patterns):
-        try:
-            documents += _READERS[path.suffix.lower()](name, path, text_field)
-        except OSError as error:
-            raise ConfigError(f"cannot read {path}", why=str(error.strerror or error), do="check data.files") from None
-        except UnicodeDecodeError as error:
-            raise ConfigError(
-                f"{path} is not UTF-8 text",
-                why=f"byte {error.start}: {error.reason}",
-                do="convert it, for example with iconv",
-            ) from None
-    return documents
+    return [
+        document for name, path in find_files(patterns) for document in read_file(name, path, text_field=text_field)
+    ]
 
 
-def find_files(patterns: list[str]) -> list[tuple[str, Path]]:
+def read_file(name: str, path: Path, *, text_field: str) -> Iterator[Document]:
+    """As `read_files`, of one file."""
+    def pick(fields: Sequence[str], where: str) -> list[str]:
+        if text_field not in fields:
+            raise missing_field(where, text_field, ", ".join(fields))
+        return [text_field]
+
+    try:
+        if rows.ending(path) == ".txt":
+            # bytes, not read_text: newlines stay as they are, so that all systems see the same text
+            yield name, path.read_bytes().decode("utf-8-sig")
+        else:
+            for where, number, row in rows.read_rows(path, pick):
+                yield f"{name}#{number}", clean_text(row[text_field], where, text_field)
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}", why=str(error.strerror or error), do="check data.files") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"{path} is not UTF-8 text",
+            why=f"byte {error.start}: {error.reason}",
+            do="convert it, for example with iconv",
+        ) from None
+
+
+def find_files(patterns: list[str], *, endings: Sequence[str] = ENDINGS) -> list[tuple[str, Path]]:
     """(document name, path) of each file that matches a pattern, once, sorted. Raises ConfigError."""
     found: dict[Path, str] = {}
     for pattern in patterns:
@@ -58,10 +71,10 @@ def find_files(patterns: list[str]) -> list[tuple[str, Path]]:
             )
         base = Path(full).parent if plain else _fixed_part(full)
         for path in matches:
-            if path.suffix.lower() not in _READERS:
+            if rows.ending(path) not in endings:
                 raise ConfigError(
                     f"{path} has an extension we cannot read",
-                    why=f"got {path.suffix or 'none'}, known are {', '.join(_READERS)}",
+                    why=f"got {rows.ending(path) or 'none'}, known are {', '.join(endings)}",
                     do="narrow the pattern in data.files, or rename the file",
                 )
             found.setdefault(path.resolve(), path.relative_to(base).as_posix())
@@ -76,49 +89,13 @@ def _fixed_part(pattern: str) -> Path:
     return parent
 
 
-def _read_txt(name: str, path: Path, _text_field: str) -> list[Document]:
-    # bytes, not read_text: newlines stay as they are, so that all systems see the same text
-    return [(name, path.read_bytes().decode("utf-8-sig"))]
-
-
-def _read_jsonl(name: str, path: Path, text_field: str) -> list[Document]:
-    documents = []
-    with path.open(encoding="utf-8-sig", newline="\n") as lines:
-        for number, line in enumerate(lines):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise ConfigError(
-                    f"{path}, line {number + 1} is not JSON", why=str(error), do="one JSON object a line"
-                ) from None
-            if not isinstance(row, dict) or text_field not in row:
-                fields = ", ".join(row) if isinstance(row, dict) else f"none, it is a {type(row).__name__}"
-                raise missing_field(f"{path}, line {number + 1}", text_field, fields)
-            documents.append((f"{name}#{number}", _text(row[text_field], f"{path}, line {number + 1}", text_field)))
-    return documents
-
-
-def _read_parquet(name: str, path: Path, text_field: str) -> list[Document]:
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            fields = file.schema_arrow.names
-            if text_field not in fields:
-                raise missing_field(str(path), text_field, ", ".join(fields))
-            column = file.read(columns=[text_field]).column(text_field).to_pylist()
-    except pyarrow.ArrowInvalid as error:
-        raise ConfigError(f"{path} is not parquet", why=str(error).splitlines()[0], do="check the file") from None
-    return [(f"{name}#{row}", _text(value, f"{path}, row {row}", text_field)) for row, value in enumerate(column)]
-
-
 def missing_field(where: str, text_field: str, fields: str) -> ConfigError:
     return ConfigError(
         f"{where}: no field {text_field!r}", why=f"the fields are: {fields}", do="set data.text_field to one of them"
     )
 
 
-def _text(value: object, where: str, text_field: str) -> str:
+def clean_text(value: object, where: str, text_field: str) -> str:
     """null is an empty document (data sets are full of them); anything else that is no string is a wrong field."""
     if value is None:
         return ""
@@ -130,6 +107,3 @@ def _text(value: object, where: str, text_field: str) -> str:
         why=f"it is a {type(value).__name__}",
         do="set data.text_field to a field of strings",
     )
-
-
-_READERS = {".txt": _read_txt, ".jsonl": _read_jsonl, ".parquet": _read_parquet}

@@ -21,7 +21,7 @@ from swarm.errors import ConfigError
 FEATURES = Features({"name": Value("string"), "text": Value("large_string")})
 
 
-def documents(data: DataConfig, *, cache: Path | None = None) -> tuple[Dataset, Dataset]:
+def documents(data: DataConfig | None, *, cache: Path | None = None) -> tuple[Dataset, Dataset]:
     """(train, held_out), map-style, in memory, columns `name` and `text`; empty documents are left out.
 
     A document is held out when sha256(name) % 10000 < held_out_percent * 100. Where that leaves either side empty (one
@@ -31,6 +31,11 @@ def documents(data: DataConfig, *, cache: Path | None = None) -> tuple[Dataset, 
     `cache`: folder for what `hub` downloads (default: Hugging Face's own). Nothing else is written.
     Raises ConfigError: sources that cannot be read, no field `text_field`, no text at all, too little to split.
     """
+    if data is None:
+        raise ConfigError(
+            "this run has several sources, and no one text", why="it has `sources` instead of `data`",
+            do="use a run with `data` here",
+        )
     if data.stdlib:
         found = standard_library()
     elif data.files:

@@ -15,6 +15,7 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from swarm.data.batch import Batch
 from swarm.data.tokenizer import is_byte_tokenizer
 from swarm.errors import ConfigError, StateError
 
@@ -56,8 +57,8 @@ class PackedStream:
         self._seed, self._reader = seed, reader
         self._start_pass(0)
 
-    def next_batch(self, num_sequences: int) -> torch.Tensor:
-        """int64 [num_sequences, sequence_length], the next ones; goes on into the next pass where this one ends."""
+    def next_batch(self, num_sequences: int) -> Batch:
+        """The next so many windows, each one causal segment; goes on into the next pass where this one ends."""
         starts: list[int] = []
         while len(starts) < num_sequences:
             if self._position == len(self._starts):
@@ -91,6 +92,9 @@ class PackedStream:
             )
         self._position = position
 
+    def close(self) -> None:
+        """Nobody ever waits for it."""
+
     def _start_pass(self, number: int) -> None:
         digest = hashlib.sha256(f"{self._seed}/{self._reader}/{number}".encode()).digest()
         # RandomState and not default_rng: numpy promises never to change its draws, so checkpoints outlive upgrades
@@ -101,8 +105,8 @@ class PackedStream:
         self._pass, self._position = number, 0
 
 
-def held_out_batches(tokens: torch.Tensor, *, sequence_length: int, num_sequences_max: int) -> torch.Tensor:
-    """int64 [n, sequence_length], n <= `num_sequences_max`: windows spread evenly over `tokens`.
+def held_out_batches(tokens: torch.Tensor, *, sequence_length: int, num_sequences_max: int) -> Batch:
+    """At most `num_sequences_max` windows, spread evenly over `tokens`.
 
     The same ones on each machine that has the same text.
     Raises ConfigError where the held-out text is shorter than one sequence.
@@ -113,8 +117,8 @@ def held_out_batches(tokens: torch.Tensor, *, sequence_length: int, num_sequence
     return _windows(tokens, [index * windows // count * sequence_length for index in range(count)], sequence_length)
 
 
-def _windows(tokens: torch.Tensor, starts: list[int], length: int) -> torch.Tensor:
-    return torch.stack([tokens[start : start + length].long() for start in starts])
+def _windows(tokens: torch.Tensor, starts: list[int], length: int) -> Batch:
+    return Batch(torch.stack([tokens[start : start + length].long() for start in starts]))
 
 
 def _check_length(tokens: torch.Tensor, sequence_length: int) -> None:

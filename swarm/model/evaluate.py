@@ -1,8 +1,8 @@
 """How good a model is: its loss on held-out text, and a sample to read.
 
 The measure is the same for a model at hand and for one that a swarm is asked for (swarm/evaluate.py): the mean over all
-tokens but each sequence's first. What needs a model puts it back as it was (train or eval mode, torch's random state),
-so it may run between two inner steps.
+tokens that a loss is taken of in training, which in plain text are all but each sequence's first. What needs a model
+puts it back as it was (train or eval mode, torch's random state), so it may run between two inner steps.
 """
 
 from __future__ import annotations
@@ -17,36 +17,41 @@ from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from swarm.model.fragments import embedding_rows
+from swarm.model.prefix import IGNORED, Rows, model_inputs, num_targets, targets_of
 
 
-def held_out_loss(model: PreTrainedModel, sequences: torch.Tensor, batch_sequences: int = 16) -> float:
-    """Mean loss in nats a token, of each token but a sequence's first given those before it.
+def held_out_loss(model: PreTrainedModel, batch: Rows, batch_sequences: int = 16) -> float:
+    """Mean loss in nats a token, of all that `batch` has a loss taken of: in plain rows each token but the first, given
+    those before it.
 
-    `sequences`: int64 [n, sequence_length], n >= 1, sequence_length >= 2. With byte tokens this is nats a byte.
-    The mean is over tokens, so `batch_sequences` changes memory and speed, not the result.
+    `batch`: swarm.data's Batch, at least one row, at least two tokens a row. With byte tokens this is nats a byte.
+    The mean is over tokens, so `batch_sequences` changes memory and speed, not the result. 0 where there is no target.
     """
-
-    def loss(batch: torch.Tensor) -> float:
-        logits = model(input_ids=batch).logits[:, :-1].float()  # [batch, length - 1, vocabulary]
-        return functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten()).item()
-
+    rows = range(0, len(batch.tokens), batch_sequences)
     with _evaluating(model):
-        batches = torch.split(sequences, batch_sequences)
-        return mean_loss((loss(batch.to(model.device)), predicted(batch)) for batch in batches)
+        return mean_loss(_loss_of(model, batch, slice(first, first + batch_sequences)) for first in rows)
 
 
-def predicted(sequences: torch.Tensor) -> int:
-    """Tokens of [n, length] that something is said of: all but each sequence's first."""
-    return len(sequences) * (sequences.shape[1] - 1)
+def _loss_of(model: PreTrainedModel, batch: Rows, rows: slice) -> tuple[float, int]:
+    """(mean loss, targets) of these rows."""
+    tokens = batch.tokens[rows].to(model.device)
+    segments = None if batch.segments is None else batch.segments[rows]
+    targets = targets_of(tokens, segments)
+    count = num_targets(targets)
+    if not count:
+        return 0.0, 0
+    logits = model(input_ids=tokens, **model_inputs(model, segments)).logits[:, :-1].float()  # [rows, length - 1, ids]
+    loss = functional.cross_entropy(logits.flatten(0, 1), targets[:, 1:].flatten(), ignore_index=IGNORED)
+    return loss.item(), count
 
 
 def mean_loss(parts: Iterable[tuple[float, int]]) -> float:
-    """From (mean loss, tokens that it is the mean of) of parts of a text, at least one: that of all of it."""
+    """From (mean loss, tokens that it is the mean of) of parts of a text: that of all of it. 0 of no tokens."""
     total, count = 0.0, 0
     for loss, tokens in parts:
         total += loss * tokens
         count += tokens
-    return total / count
+    return total / max(1, count)
 
 
 def perplexity(loss: float) -> float:

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 
 from swarm.errors import ConfigError
 from swarm.model.fragments import find_blocks, runs_after
+from swarm.model.prefix import takes_positions
 
 
 class Stage(nn.Module):
@@ -44,6 +45,7 @@ class Stage(nn.Module):
             swap.table[swap.key] = swap.stand_in
         for index in range(start, end):  # any of them may be the first of a call
             blocks[index].register_forward_pre_hook(_unwrap_input, with_kwargs=True)
+        self._takes_positions = takes_positions(model)
         self.model = model
 
     @property
@@ -63,7 +65,8 @@ class Stage(nn.Module):
 
         `start`, `end`: only blocks [start, end) of those held, as a stage of these would (all held by default). The
         modules are swapped during the call: one call at a time.
-        `attention_mask`: [batch, length], or [batch, 1, length, length] for what is not causal; the same in all stages.
+        `attention_mask`: [batch, length], or [batch, 1, length, length] for what is not causal; `position_ids`: [batch,
+        length], left out where the model takes none. The same in all stages.
         Raises ValueError where the blocks are not held.
         """
         start, end = self.start if start is None else start, self.end if end is None else end
@@ -72,7 +75,7 @@ class Stage(nn.Module):
         inputs = {"input_ids" if start == 0 else "inputs_embeds": values}
         if attention_mask is not None:
             inputs["attention_mask"] = attention_mask
-        if position_ids is not None:
+        if position_ids is not None and self._takes_positions:
             inputs["position_ids"] = position_ids
         is_last = end == self.num_blocks
         whole: Any = self.model if is_last else self.model.base_model

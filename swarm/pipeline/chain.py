@@ -34,8 +34,8 @@ from typing import Any
 
 import torch
 
+from swarm.data.batch import Batch
 from swarm.errors import NetworkError, PeerRefused
-from swarm.model.prefix import after_prefix
 from swarm.network import records
 from swarm.network.link import Answer, Link
 from swarm.pipeline import admission, onward, wire
@@ -51,8 +51,8 @@ ORPHAN_S = 10.0
 """a peer that is alive has told so by then, and an origin speaks within seconds"""
 KEPT_DONE = 4096
 
-Read = Callable[[], tuple[torch.Tensor, torch.Tensor | None]]
-"""token ids and hidden states (None at fragment 0) of a microbatch; checks what a stranger sent, so it may raise"""
+Read = Callable[[], tuple[Batch, torch.Tensor | None]]
+"""a microbatch and its hidden states (None at fragment 0); checks what a stranger sent, so it may raise"""
 
 
 @dataclass
@@ -172,19 +172,14 @@ class Chain:
 
     # -- what this peer does ----------------------------------------------------------------------------------------
 
-    async def begin_own(
-        self, number: int, tokens: torch.Tensor, *, train: bool = True, version: int = 0,
-        prefixes: Sequence[int] = (), loss_on_prefix: bool = False,
-    ) -> Gradient:
-        """The answer to a microbatch of this peer's own. `tokens`: int64 [sequences, length]; `prefixes`: how many at
-        the beginning of each sequence see each other, not all (none: all are causal), and whether their loss counts.
-        Raises PeerRefused where nobody can go on with it; asking again goes on from there."""
+    async def begin_own(self, number: int, batch: Batch, *, train: bool = True, version: int = 0) -> Gradient:
+        """The answer to a microbatch of this peer's own. Raises PeerRefused where nobody can go on with it; asking
+        again goes on from there."""
         microbatch = Microbatch(
-            origin=self._me, number=number, start=0, sequences=tokens.shape[0], length=tokens.shape[1],
-            bits=self._bits, back_bits=self._back_bits, train=train, version=version, prefixes=list(prefixes),
-            loss_on_prefix=loss_on_prefix,
+            origin=self._me, number=number, start=0, sequences=len(batch), length=batch.tokens.shape[1],
+            bits=self._bits, back_bits=self._back_bits, train=train, version=version, segments=batch.num_segments,
         )
-        entry = self._entries.get(microbatch.key) or self._begin(microbatch, lambda: (tokens, None))
+        entry = self._entries.get(microbatch.key) or self._begin(microbatch, lambda: (batch, None))
         assert entry.task is not None
         header, _ = await asyncio.shield(entry.task)
         return records.parse(Gradient, header)
@@ -229,18 +224,16 @@ class Chain:
         urgency = GUEST if not asked.train else OWN if asked.origin == self._me else FORWARD
         if entry.end == self.shape.num_fragments:
             def last() -> tuple[float, bytes]:
-                tokens, values = read()
-                entered = tokens if values is None else values
+                batch, values = read()
+                entered = batch.tokens if values is None else values
                 if asked.logits:
                     logits = self._compute.logits(
-                        entered, start=asked.start, end=entry.end, positions=asked.logits, prefixes=asked.prefixes
+                        entered, start=asked.start, end=entry.end, positions=asked.logits, segments=batch.segments
                     )
                     return 0.0, wire.encode_values(logits, 32)
-                skipped = asked.prefixes and not asked.loss_on_prefix
-                targets = after_prefix(tokens, torch.tensor(asked.prefixes)) if skipped else tokens
                 loss, gradient = self._compute.loss(
-                    asked.key, entered, targets, start=asked.start, end=entry.end, keep=asked.train,
-                    prefixes=asked.prefixes,
+                    asked.key, entered, batch.tokens, start=asked.start, end=entry.end, keep=asked.train,
+                    segments=batch.segments,
                 )
                 return loss, b"" if gradient is None else wire.encode_values(gradient, asked.back_bits)
 
@@ -249,13 +242,13 @@ class Chain:
             path, crowded = [hop], 0.0
         else:
             def forward() -> bytes:
-                tokens, values = read()
+                batch, values = read()
                 left = self._compute.forward(
-                    asked.key, tokens if values is None else values, start=asked.start, end=entry.end,
-                    tokens=asked.tokens, keep=asked.train, prefixes=asked.prefixes,
+                    asked.key, batch.tokens if values is None else values, start=asked.start, end=entry.end,
+                    tokens=asked.tokens, keep=asked.train, segments=batch.segments,
                 )
-                ids = wire.encode_tokens(tokens, vocabulary=self.shape.vocabulary)
-                return ids + wire.encode_values(left, self._bits)
+                what = wire.encode_batch(batch, vocabulary=self.shape.vocabulary)
+                return what + wire.encode_values(left, self._bits)
 
             there = await self._work(forward, urgency=urgency)
             answer, came = await self.onward.rest(entry, there.value)

@@ -10,12 +10,13 @@ what came in: each piece goes forward once more in its backward, so that only on
 gradients are the same (with dropout, another one is drawn).
 
 Gradients wait, apart from each other, until the microbatch's origin has said which of the peers that worked on it count
-(chain.py): only then they are added up, so each enters each fragment once (I2).
+(chain.py): only then they are added up, so each enters each fragment once (I2). Each counts by the targets that its
+mean loss is of, so that a step has the gradient of the mean over all its targets; the books count tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,9 +24,10 @@ from typing import Any
 import torch
 from torch.func import functional_call
 
+from swarm.data.batch import num_targets
 from swarm.errors import PeerRefused
 from swarm.model.fragments import FragmentSpec
-from swarm.model.prefix import num_targets, prefix_mask
+from swarm.model.prefix import Segments, attention, targets_of
 from swarm.model.stage import Stage
 from swarm.pipeline.pieces import Pieces, spans
 
@@ -52,8 +54,8 @@ class _Graph:
     """token ids at fragment 0, else hidden states, on the stage's device"""
     targets: torch.Tensor | None
     """token ids (or IGNORED), where the loss is computed here"""
-    prefixes: torch.Tensor | None
-    """int64 [sequences], where they are not causal throughout"""
+    segments: Segments | None
+    """None: each sequence is a causal one"""
     weights: _Weights
     tokens: int
     left: torch.Tensor | None = None
@@ -64,10 +66,16 @@ class _Graph:
         """It takes token ids, which have no gradient."""
         return 0 in self.fragments
 
+    def num_targets(self, span: slice = slice(None)) -> int:
+        """In these sequences."""
+        if self.segments is None:
+            sequences, length = self.entered[span].shape[:2]
+            return sequences * (length - 1)
+        return sum(num_targets(row) for row in self.segments[span])
+
     def share(self, span: slice) -> float:
-        """These sequences' part of the mean loss: by the targets in them."""
-        assert self.targets is not None
-        return num_targets(self.targets[span]) / num_targets(self.targets)
+        """These sequences' part of the mean loss."""
+        return self.num_targets(span) / max(1, self.num_targets())
 
 
 @dataclass
@@ -85,6 +93,7 @@ class _Pending:
     """Gradients of one microbatch whose origin has not spoken yet."""
 
     tokens: int
+    targets: int
     gradients: dict[int, dict[str, torch.Tensor]] = field(repr=False)
     """fragment -> name -> gradient of the microbatch's mean loss"""
 
@@ -92,21 +101,21 @@ class _Pending:
 @dataclass
 class _Sum:
     """Gradients of one parameter: a single one as it is, since most runs of little memory have no second; several added
-    up in fp32, each times its tokens."""
+    up in fp32, each times its targets."""
 
     values: torch.Tensor
-    tokens: int
+    targets: int
     several: bool = False
 
-    def plus(self, values: torch.Tensor, tokens: int) -> _Sum:
-        total = self.values if self.several else self.values.to(torch.float32) * self.tokens
-        return _Sum(total.add_(values, alpha=tokens), self.tokens + tokens, several=True)
+    def plus(self, values: torch.Tensor, targets: int) -> _Sum:
+        total = self.values if self.several else self.values.to(torch.float32) * self.targets
+        return _Sum(total.add_(values, alpha=targets), self.targets + targets, several=True)
 
-    def mean(self, all_tokens: int) -> torch.Tensor:
-        """Over `all_tokens`, of which some had no gradient here."""
+    def mean(self, all_targets: int) -> torch.Tensor:
+        """Over `all_targets`, of which some had no gradient here."""
         if self.several:
-            return self.values.div_(all_tokens)
-        return self.values if self.tokens == all_tokens else self.values * (self.tokens / all_tokens)
+            return self.values.div_(all_targets)
+        return self.values if self.targets == all_targets else self.values * (self.targets / all_targets)
 
 
 class StageCompute:
@@ -126,6 +135,7 @@ class StageCompute:
         self._pending: dict[Hashable, _Pending] = {}
         self._sums: dict[int, dict[str, _Sum]] = {}
         self._tokens: dict[int, int] = {}
+        self._targets: dict[int, int] = {}
         any_parameter = next(iter(parameters.values()))
         self._device, self._dtype = any_parameter.device, any_parameter.dtype
         self.pieces = Pieces()
@@ -139,14 +149,14 @@ class StageCompute:
 
     def forward(
         self, key: Hashable, values: torch.Tensor, *, start: int, end: int, tokens: int, keep: bool = True,
-        prefixes: Sequence[int] = (),
+        segments: Segments | None = None,
     ) -> torch.Tensor:
         """Hidden states [sequences, length, hidden] after fragments [start, end), fp32 on the CPU.
 
         `values`: token ids [sequences, length] at fragment 0, else hidden states. `keep`: there will be a backward.
-        `prefixes`: tokens at the beginning of each sequence that see each other; none: all are causal.
+        `segments`: of each sequence; None: each is a causal one.
         """
-        graph = self._graph(start, end, values, None, prefixes, tokens=tokens)
+        graph = self._graph(start, end, values, None, segments, tokens=tokens)
 
         def compute(at_once: int) -> torch.Tensor:
             graph.left, parts = None, spans(len(values), at_once)
@@ -164,13 +174,13 @@ class StageCompute:
         return found
 
     def loss(
-        self, key: Hashable, values: torch.Tensor, targets: torch.Tensor, *, start: int, end: int, keep: bool = True,
-        prefixes: Sequence[int] = (),
+        self, key: Hashable, values: torch.Tensor, ids: torch.Tensor, *, start: int, end: int, keep: bool = True,
+        segments: Segments | None = None,
     ) -> tuple[float, torch.Tensor | None]:
         """(mean loss in nats a target, gradient of what came in, fp32 on the CPU): the last stage's forward and
-        backward at once. `targets`: the microbatch's token ids [sequences, length], IGNORED where no loss is taken. The
-        gradient is None at fragment 0 and without `keep`."""
-        graph = self._graph(start, end, values, targets, prefixes, tokens=targets.numel())
+        backward at once. `ids`: the microbatch's token ids [sequences, length]; `segments` say which are targets. The
+        gradient is None at fragment 0 and without `keep`. A loss over no target is 0."""
+        graph = self._graph(start, end, values, targets_of(ids, segments), segments, tokens=ids.numel())
         if keep:
             graph.weights.users += 1
             found = self._back(key, graph, None)
@@ -186,11 +196,11 @@ class StageCompute:
         return self.pieces.as_it_fits(len(values), compute), None
 
     def logits(
-        self, values: torch.Tensor, *, start: int, end: int, positions: int, prefixes: Sequence[int] = ()
+        self, values: torch.Tensor, *, start: int, end: int, positions: int, segments: Segments | None = None
     ) -> torch.Tensor:
         """The last stage's logits of so many last positions of each sequence [sequences, positions, vocabulary], fp32
         on the CPU. Nothing is kept."""
-        graph = self._graph(start, end, values, None, prefixes, tokens=0)
+        graph = self._graph(start, end, values, None, segments, tokens=0)
 
         def compute(at_once: int) -> torch.Tensor:
             parts = spans(len(values), at_once)
@@ -215,8 +225,9 @@ class StageCompute:
             sums = self._sums.setdefault(fragment, {})
             for name in list(gradients):
                 values = gradients.pop(name)  # one after the other: there are never two of all
-                sums[name] = sums[name].plus(values, pending.tokens) if name in sums else _Sum(values, pending.tokens)
-            self._tokens[fragment] = self._tokens.get(fragment, 0) + pending.tokens
+                sums[name] = sums[name].plus(values, pending.targets) if name in sums else _Sum(values, pending.targets)
+            self._tokens[fragment] = self.tokens(fragment) + pending.tokens
+            self._targets[fragment] = self.targets(fragment) + pending.targets
 
     def forget(self, key: Hashable) -> None:
         """The microbatch is done by others, or its origin is gone. Nothing of it stays."""
@@ -231,11 +242,15 @@ class StageCompute:
         """whose gradients are added up and not taken yet"""
         return self._tokens.get(fragment, 0)
 
+    def targets(self, fragment: int) -> int:
+        """in these tokens"""
+        return self._targets.get(fragment, 0)
+
     def take(self, fragment: int) -> tuple[dict[str, torch.Tensor], int]:
-        """(name -> mean gradient, fp32, or as it was where one microbatch made it; its tokens) of what has been added
-        up; the next sum begins."""
-        tokens, sums = self._tokens.pop(fragment, 0), self._sums.pop(fragment, {})
-        return {name: found.mean(max(1, tokens)) for name, found in sums.items()}, tokens
+        """(name -> gradient of the mean over all targets, fp32, or as it was where one microbatch made it; tokens) of
+        what has been added up; the next sum begins."""
+        targets, sums = self._targets.pop(fragment, 0), self._sums.pop(fragment, {})
+        return {name: found.mean(max(1, targets)) for name, found in sums.items()}, self._tokens.pop(fragment, 0)
 
     def before_write(self, fragment: int | None = None) -> None:
         """Somebody is about to change the working weights, of this fragment or all: graphs in flight keep those that
@@ -259,8 +274,8 @@ class StageCompute:
     # ---------------------------------------------------------------------------------------------------------------
 
     def _graph(
-        self, start: int, end: int, values: torch.Tensor, targets: torch.Tensor | None, prefixes: Sequence[int], *,
-        tokens: int,
+        self, start: int, end: int, values: torch.Tensor, targets: torch.Tensor | None,
+        segments: Segments | None, *, tokens: int,
     ) -> _Graph:
         """Raises PeerRefused where the stage has changed since the microbatch came."""
         fragments = {index: self.fragments[index] for index in range(start, end) if index in self.fragments}
@@ -269,7 +284,7 @@ class StageCompute:
             raise PeerRefused(f"fragments {start}:{end} are not served here any more")
         return _Graph(
             fragments, self._here(values), None if targets is None else targets.to(self._device),
-            torch.tensor(prefixes, device=self._device) if prefixes else None, self._current(), tokens,
+            segments, self._current(), tokens,
         )
 
     def _back(self, key: Hashable, graph: _Graph, gradient: torch.Tensor | None) -> _Found:
@@ -297,7 +312,7 @@ class StageCompute:
             found = self.pieces.as_it_fits(len(graph.entered), compute)
         finally:
             graph.weights.users -= 1
-        self._pending[key] = _Pending(graph.tokens, found.gradients)
+        self._pending[key] = _Pending(graph.tokens, graph.num_targets(), found.gradients)
         return found
 
     def _add(
@@ -327,12 +342,13 @@ class StageCompute:
         stage, held = graph.weights.stage, list(graph.fragments.values())
         how: dict[str, Any] = {"start": held[0].blocks[0], "end": held[-1].blocks[1]}
         inside = {f"model.{name}": leaf for name, leaf in graph.weights.leaves.items()}
-        if graph.prefixes is not None:
-            dtype = next(iter(graph.weights.leaves.values())).dtype
-            how["attention_mask"] = prefix_mask(graph.prefixes[span], entered.shape[1], dtype=dtype)
+        if graph.segments is not None:
+            how |= attention(graph.segments[span], dtype=self._dtype, device=self._device)
         with torch.set_grad_enabled(grad), _dropout(stage, learns):
             left: torch.Tensor = functional_call(stage, inside, (entered,), how)
-            return left if graph.targets is None else stage.mean_loss(left, graph.targets[span])
+            if graph.targets is None:
+                return left
+            return stage.mean_loss(left, graph.targets[span]) if graph.num_targets(span) else left.sum() * 0.0
 
     def _here(self, values: torch.Tensor) -> torch.Tensor:
         """On the stage's device, hidden states in its weights' type."""

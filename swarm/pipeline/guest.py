@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
+from swarm.data.batch import Batch
 from swarm.errors import NetworkError, StateError
 from swarm.pipeline import admission, wire
 from swarm.pipeline.messages import Bits, Gradient, Microbatch
@@ -38,35 +39,33 @@ class Guest:
         self._me, self._holders = me, holders
         self._numbers = itertools.count()
 
-    async def loss(self, tokens: torch.Tensor) -> float:
-        """Mean loss (nats a token) of int64 [sequences, length]. Raises StateError where a fragment has no holder,
+    async def loss(self, batch: Batch) -> float:
+        """Mean loss (nats a token) over the targets of a batch. Raises StateError where a fragment has no holder,
         NetworkError where the holders do not answer, BadMessage where it is more text than a microbatch may have."""
-        answer, _ = await self._ask(self._microbatch(tokens, logits=0), tokens)
+        answer, _ = await self._ask(self._microbatch(batch, logits=0), batch)
         return answer.loss
 
-    async def logits(
-        self, tokens: torch.Tensor, *, positions: int = 1, prefixes: Sequence[int] = ()
-    ) -> torch.Tensor:
-        """fp32 [sequences, positions, vocabulary] of the last positions of int64 [sequences, length]. Raises as `loss`
-        does, and BadMessage where they are more than an answer may hold. `prefixes`: tokens at the beginning of each
-        sequence that see each other, as the model was trained with."""
-        microbatch = self._microbatch(tokens, logits=positions, prefixes=prefixes)
-        _, body = await self._ask(microbatch, tokens)
+    async def logits(self, batch: Batch, *, positions: int = 1) -> torch.Tensor:
+        """fp32 [sequences, positions, vocabulary] of the last positions of each row. Raises as `loss` does, and
+        BadMessage where they are more than an answer may hold. What a text is to begin with as the model was trained
+        (its tokens see each other) is the prefix of its segment."""
+        microbatch = self._microbatch(batch, logits=positions)
+        _, body = await self._ask(microbatch, batch)
         return wire.decode_logits(body, microbatch, vocabulary=self.shape.vocabulary)
 
     async def stop(self) -> None:
         await self.onward.stop()
 
-    def _microbatch(self, tokens: torch.Tensor, *, logits: int, prefixes: Sequence[int] = ()) -> Microbatch:
+    def _microbatch(self, batch: Batch, *, logits: int) -> Microbatch:
         return Microbatch(
-            origin=self._me, number=next(self._numbers), start=0, sequences=tokens.shape[0], length=tokens.shape[1],
-            train=False, logits=logits, prefixes=list(prefixes),
+            origin=self._me, number=next(self._numbers), start=0, sequences=len(batch), length=batch.tokens.shape[1],
+            train=False, logits=logits, segments=batch.num_segments,
         )
 
-    async def _ask(self, microbatch: Microbatch, tokens: torch.Tensor) -> tuple[Gradient, bytes]:
+    async def _ask(self, microbatch: Microbatch, batch: Batch) -> tuple[Gradient, bytes]:
         admission.check(microbatch, (), shape=self.shape, max_in_flight=1, me=self._me)
         clock = asyncio.get_running_loop().time
-        body = wire.encode_tokens(tokens, vocabulary=self.shape.vocabulary)
+        body = wire.encode_batch(batch, vocabulary=self.shape.vocabulary)
         began = complete_at = clock()
         while True:
             missing = gaps(self._holders(), self.shape.num_fragments)

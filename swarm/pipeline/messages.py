@@ -54,10 +54,8 @@ class Microbatch(Strict):
     """False: only the loss, or logits, are wanted; nothing is learnt and nothing kept"""
     logits: Annotated[int, Field(ge=0, le=MAX_POSITIONS)] = 0
     """of so many last positions of each sequence are wanted, in place of the loss"""
-    prefixes: Annotated[list[Annotated[int, Field(ge=0, le=MAX_LENGTH)]], Field(max_length=MAX_SEQUENCES)] = []
-    """tokens at the beginning of each sequence that see each other; none: all are causal"""
-    loss_on_prefix: bool = False
-    """else the loss is the mean over what comes after"""
+    segments: Annotated[int, Field(ge=0, le=MAX_SEQUENCES * MAX_LENGTH)] = 0
+    """of all its sequences together, in the body; none: each sequence is one causal segment"""
     version: Annotated[int, Field(ge=0, le=2**40)] = 0
     """no fragment may be older than this (`sync` runs: one version a step)"""
     known: Annotated[list[Hop], Field(max_length=MAX_HOPS)] = []
@@ -69,11 +67,8 @@ class Microbatch(Strict):
             raise ValueError("logits are not trained on")
         if not self.logits and self.length < 2:
             raise ValueError("one token says nothing of a next one")
-        if self.prefixes and len(self.prefixes) != self.sequences:
-            raise ValueError("as many prefixes as sequences, or none")
-        # one that is all of its sequence leaves nothing to take a loss of; to be asked what comes next it may be
-        if any(prefix >= self.length + bool(self.logits) for prefix in self.prefixes):
-            raise ValueError("a prefix that is as long as its sequence")
+        if self.segments and not self.sequences <= self.segments <= self.tokens:
+            raise ValueError("a sequence has at least one segment, a segment at least one token")
         return self
 
     @property
@@ -90,7 +85,7 @@ class Gradient(Strict):
     the logits that were asked for."""
 
     loss: Annotated[float, Field(ge=0, le=1e6)]
-    """mean over the microbatch, nats a token; 0 where logits were asked for"""
+    """mean over the microbatch's targets, nats a token; 0 where logits were asked for"""
     path: Annotated[list[Hop], Field(min_length=1, max_length=MAX_HOPS)]
     """from the peer that answers to the one that computed the loss"""
     inside_s: Seconds = 0.0

@@ -11,10 +11,9 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
-import torch
-
+from swarm.data.batch import Batch
 from swarm.errors import NetworkError
 from swarm.pipeline.chain import Chain
 from swarm.pipeline.messages import Gradient, Verdict, Verdicts
@@ -56,11 +55,11 @@ class Credit:
 
 
 class Origin:
-    """`draw()` returns token ids [sequences, length]; `on_done(loss, tokens)` is called for each of these microbatches
+    """`draw()` returns a microbatch, at once or when there is text; `on_done(loss, tokens)` is called for each of them
     that is done everywhere. Lives on the network's event loop."""
 
     def __init__(
-        self, me: str, chain: Chain, calls: Calls, *, draw: Callable[[], torch.Tensor], first_number: int,
+        self, me: str, chain: Chain, calls: Calls, *, draw: Callable[[], Batch | Awaitable[Batch]], first_number: int,
         largest_credit: int, on_done: Callable[[float, int], None] = lambda loss, tokens: None,
     ) -> None:
         """`first_number`: beyond any that this identity has used before."""
@@ -77,35 +76,39 @@ class Origin:
         while not until():
             self.credit.now = min(self.credit.now, self.credit.largest)
             while len(self._running) < self.credit.now and not until():
-                self._start(self._draw())
+                drawn = self._draw()
+                self._start(drawn if isinstance(drawn, Batch) else await drawn)
+            if not self._running:
+                break
             done, _ = await asyncio.wait(self._running, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
                 task.result()  # a bug of ours must not pass for a peer that is slow
         await self.finish()
 
-    async def step(self, microbatches: list[torch.Tensor], *, version: int) -> float:
-        """`sync` runs: all of these, once every fragment is at `version`. Returns the mean loss."""
-        losses = await asyncio.gather(*(self._one(tokens, version=version) for tokens in microbatches))
-        return sum(losses) / len(losses)
+    async def step(self, microbatches: list[Batch], *, version: int) -> float:
+        """`sync` runs: all of these, once every fragment is at `version`. Returns the mean loss over their targets."""
+        losses = await asyncio.gather(*(self._one(batch, version=version) for batch in microbatches))
+        targets = [batch.num_targets for batch in microbatches]
+        return sum(loss * count for loss, count in zip(losses, targets, strict=True)) / max(1, sum(targets))
 
     async def finish(self) -> None:
         while self._running or self._telling:
             await asyncio.wait(self._running | self._telling)
 
-    def _start(self, tokens: torch.Tensor) -> None:
+    def _start(self, batch: Batch) -> None:
         async def one() -> None:
-            self._on_done(await self._one(tokens), tokens.numel())
+            self._on_done(await self._one(batch), batch.numel())
 
         task = asyncio.ensure_future(one())
         self._running.add(task)
         task.add_done_callback(self._running.discard)
 
-    async def _one(self, tokens: torch.Tensor, *, version: int = 0) -> float:
+    async def _one(self, batch: Batch, *, version: int = 0) -> float:
         """One microbatch, until it is done. Only the end of this peer keeps it from that."""
         number, self._number = self._number, self._number + 1
         while True:
             try:
-                answer = await self._chain.begin_own(number, tokens, version=version)
+                answer = await self._chain.begin_own(number, batch, version=version)
                 break
             except NetworkError as error:
                 log.info("microbatch %d: %s; trying again", number, error)
@@ -113,7 +116,7 @@ class Origin:
         self.credit.learn(answer.crowded)
         verdicts = self._verdicts(number, answer)
         await self._chain.judge(self._me, verdicts.pop(self._me, []))
-        telling = [self._tell(peer_id, theirs, tokens.numel()) for peer_id, theirs in verdicts.items()]
+        telling = [self._tell(peer_id, theirs, batch.numel()) for peer_id, theirs in verdicts.items()]
         if version:
             await asyncio.gather(*telling)
         else:

@@ -1,24 +1,29 @@
-"""A microbatch on the wire: token ids, then hidden states (or their gradient) in blocks of 8 or 4 bits, or as fp32.
+"""A microbatch on the wire: segments and token ids, then hidden states (or their gradient) in blocks of 8 or 4 bits, or
+as fp32.
 
-    body = token ids (2 bytes each, 4 where the vocabulary is larger) | encoded values (none at fragment 0)
+    body = segments (prefix and length, 4 bytes each; row after row, whose ends follow from the lengths)
+         | token ids (2 bytes each, 4 where the vocabulary is larger) | encoded values (none at fragment 0)
     answer = encoded gradient, or logits as fp32
 
-Token ids travel with the activation, so that whoever holds the last fragment knows the targets; they cost a thousandth
-of the values. int8 in blocks both ways costs nothing that could be measured (DESIGN 7); a gradient is quantised like an
-activation, each block by its own maximum, so its size does not matter.
+Segments travel because each stage makes its own mask, token ids so that whoever holds the last fragment knows the
+targets; they cost a thousandth of the values. int8 in blocks both ways costs nothing that could be measured (DESIGN 7);
+a gradient is quantised like an activation, each block by its own maximum, so its size does not matter.
 """
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from swarm.config import RunConfig
+from swarm.data.batch import Batch, Segment
 from swarm.errors import BadMessage
 from swarm.network import codec
 from swarm.network.codec import BLOCK
 from swarm.pipeline.messages import Bits, Microbatch
 
 WIDE_VOCABULARY = 2**16
+SEGMENT_BYTES = 8
 MAX_LOGITS_BYTES = 2**22
 """of one answer: four positions of the largest vocabularies (256,000 tokens)"""
 
@@ -30,6 +35,28 @@ def bits_of(run: RunConfig) -> tuple[Bits, Bits]:
     if run.averaging.mode == "sync" or chosen == 32:
         return 32, 32
     return (4 if chosen == 4 else 8), 8
+
+
+def encode_batch(batch: Batch, *, vocabulary: int) -> bytes:
+    """Segments and token ids."""
+    flat = [segment for row in batch.segments or () for segment in row]
+    return np.array(flat, dtype="<u4").tobytes() + encode_tokens(batch.tokens, vocabulary=vocabulary)
+
+
+def decode_segments(data: bytes, shape: tuple[int, int]) -> tuple[tuple[Segment, ...], ...]:
+    """Of each row of [sequences, length]. Raises BadMessage unless they make such rows."""
+    flat = np.frombuffer(data, dtype="<u4").astype(np.int64).reshape(-1, 2)
+    prefixes, lengths = flat[:, 0], flat[:, 1]
+    ends = np.cumsum(lengths)
+    last = np.searchsorted(ends, shape[1] * np.arange(1, shape[0] + 1))  # of each row: its last segment
+    if (
+        (prefixes > lengths).any() or (lengths == 0).any() or ends[-1] != shape[0] * shape[1]
+        or (ends[last] != shape[1] * np.arange(1, shape[0] + 1)).any()
+    ):
+        raise BadMessage("segments that do not make its rows", why=f"{len(flat)} in {shape[0]} rows of {shape[1]}")
+    pairs: list[Segment] = [(prefix, length) for prefix, length in flat.tolist()]
+    starts = [0, *(int(index) + 1 for index in last)]
+    return tuple(tuple(pairs[start:end]) for start, end in zip(starts[:-1], starts[1:], strict=True))
 
 
 def encode_tokens(tokens: torch.Tensor, *, vocabulary: int) -> bytes:
@@ -73,16 +100,18 @@ def values_bytes(shape: tuple[int, ...], bits: int) -> int:
 
 def read(
     microbatch: Microbatch, body: bytes, *, vocabulary: int, hidden: int
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """(token ids, hidden states; None at fragment 0) of a request. Raises BadMessage."""
+) -> tuple[Batch, torch.Tensor | None]:
+    """(what it is, hidden states; None at fragment 0) of a request. Raises BadMessage."""
     size = (microbatch.sequences, microbatch.length)
-    split = tokens_bytes(size, vocabulary=vocabulary)
-    tokens = decode_tokens(body[:split], size, vocabulary=vocabulary)
+    ids = microbatch.segments * SEGMENT_BYTES
+    values = ids + tokens_bytes(size, vocabulary=vocabulary)
+    tokens = decode_tokens(body[ids:values], size, vocabulary=vocabulary)
+    batch = Batch(tokens, decode_segments(body[:ids], size) if ids else None)
     if microbatch.start:
-        return tokens, decode_values(body[split:], (*size, hidden), microbatch.bits)
-    if len(body) > split:
+        return batch, decode_values(body[values:], (*size, hidden), microbatch.bits)
+    if len(body) > values:
         raise BadMessage("hidden states before the first fragment")
-    return tokens, None
+    return batch, None
 
 
 def answer_bytes(microbatch: Microbatch, *, vocabulary: int, hidden: int) -> int:

@@ -9,7 +9,7 @@ import torch
 
 from swarm.averaging.averager import Averager
 from swarm.config import RunConfig
-from swarm.data.stream import PackedStream
+from swarm.data.text_stream import TextStream
 from swarm.events import Event, Warning
 from swarm.network.network import Network
 from swarm.pipeline.snapshot import Stage
@@ -34,7 +34,7 @@ class Assembly:
 
 def assemble(
     run: RunConfig, held: Held, place: Place, averager: Averager, network: Network, boundary: Boundary, *,
-    device: torch.device, stream: PackedStream | None, load_stream: Callable[[], Awaitable[PackedStream]],
+    device: torch.device, stream: TextStream | None, load_stream: Callable[[], Awaitable[TextStream]],
     may_move: bool, emit: Callable[[Event], None],
 ) -> Assembly:
     """`held`: what was built and brought level, all of the target or the first fragment of it; of a part, it keeps

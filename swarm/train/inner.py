@@ -11,8 +11,10 @@ from collections.abc import Callable, Sequence
 import torch
 
 from swarm.config import RunConfig
+from swarm.data.batch import Batch
 from swarm.model.build import Model
 from swarm.model.fragments import FragmentSpec
+from swarm.model.prefix import model_inputs, targets_of
 from swarm.train.optimizers import Optimizers
 
 
@@ -31,8 +33,8 @@ class InnerOptimizer(Optimizers):
             self.add(fragment, parameters)
         self._microbatch = run.train.batch_sequences
 
-    def gradients(self, batch: torch.Tensor) -> float:
-        """Mean loss (nats a token) of `batch` [sequences, sequence_length]; leaves its gradient in the parameters."""
+    def gradients(self, batch: Batch) -> float:
+        """Mean loss (nats a token) over the targets of `batch`; leaves its gradient in the parameters."""
         while True:
             try:
                 return self._gradients(batch)
@@ -43,14 +45,17 @@ class InnerOptimizer(Optimizers):
                 self._warn(f"out of memory: going on with microbatches of {self._microbatch} sequences")
                 torch.cuda.empty_cache()
 
-    def _gradients(self, batch: torch.Tensor) -> float:
+    def _gradients(self, batch: Batch) -> float:
         self.zero_grad()
         total = 0.0
-        for piece in torch.split(batch, self._microbatch):
+        for piece in batch.split(self._microbatch):
             self._between()
-            piece = piece.to(self._model.device)
-            share = len(piece) / len(batch)
-            loss = self._model(input_ids=piece, labels=piece).loss * share
+            share = piece.num_targets / max(1, batch.num_targets)
+            if not share:
+                continue
+            tokens = piece.tokens.to(self._model.device)
+            how = model_inputs(self._model, piece.segments)
+            loss = self._model(input_ids=tokens, labels=targets_of(tokens, piece.segments), **how).loss * share
             loss.backward()
             total += float(loss.detach())
         return total

@@ -22,7 +22,7 @@ import torch
 
 from swarm.averaging.averager import Averager
 from swarm.config import RunConfig
-from swarm.data.stream import PackedStream
+from swarm.data.text_stream import TextStream
 from swarm.errors import SwarmError
 from swarm.events import Check, Event, Warning
 from swarm.network.directory import Directory
@@ -64,7 +64,7 @@ class Parts:
     serving: Serving
     trainer: StageTrainer
     directory: Directory
-    stream: Callable[[], Awaitable[PackedStream]]
+    stream: Callable[[], Awaitable[TextStream]]
     """the text, for a peer that comes to serve the first fragment"""
     emit: Callable[[Event], None]
 

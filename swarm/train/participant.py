@@ -25,9 +25,7 @@ from swarm.averaging.averager import Averager
 from swarm.averaging.context import Context
 from swarm.averaging.elsewhere import said_tokens
 from swarm.config import PeerConfig, RunConfig
-from swarm.data.sources import documents
-from swarm.data.stream import PackedStream, tokenise
-from swarm.data.tokenizer import load_tokenizer
+from swarm.data.text_stream import TextStream
 from swarm.errors import HomeError, NetworkError, SwarmError
 from swarm.events import Bus, Check, Ready, Warning
 from swarm.host.device import choose_device
@@ -42,7 +40,7 @@ from swarm.network.reachability import PUBLIC
 from swarm.network.records import Status
 from swarm.pipeline.loading import next_fragment
 from swarm.pipeline.snapshot import NO_STAGE, Holder
-from swarm.train import checkpoint, handover, report, run_source, surroundings, takeover
+from swarm.train import checkpoint, handover, report, run_source, surroundings, takeover, text
 from swarm.train.arrival import Arrival
 from swarm.train.assembly import assemble
 from swarm.train.boundary import Boundary
@@ -83,7 +81,7 @@ class Participant:
         self._device = torch.device("cpu")
         self._moving: concurrent.futures.Future[None] | None = None
         self._boundary = Boundary()
-        self._stream: PackedStream | None = None
+        self._stream: TextStream | None = None
         self._saved_stream: dict[str, Any] = {}
         self._gaps: list[int] = []
         """fragments that nobody held when this was last looked at"""
@@ -177,7 +175,7 @@ class Participant:
         self.averager, self._saved_stream = taken.averager, taken.stream
         self._check("state", taken.text, began)
 
-    async def _stream_later(self) -> PackedStream:
+    async def _stream_later(self) -> TextStream:
         """The text, for a peer that comes to serve the first fragment while it runs."""
         if self._stream is None:
             await asyncio.to_thread(self._load_data)
@@ -185,14 +183,10 @@ class Participant:
         return self._stream
 
     def _load_data(self) -> None:
-        train, _ = documents(self.run.data, cache=self.home.path / "cache")
-        tokens = tokenise(train, load_tokenizer(self.run))
-        self._stream = PackedStream(
-            tokens, sequence_length=self.run.train.sequence_length, seed=self.run.seed, reader=self.keypair.peer_id
+        self._stream = text.open_text(
+            self.run, reader=self.keypair.peer_id, saved=self._saved_stream, cache=self.home.path / "cache",
+            swarm_tokens=self.swarm_tokens, warn=lambda words: self.bus.emit(Warning(words)),
         )
-        if self._saved_stream:
-            with contextlib.suppress(SwarmError):  # another text than at the checkpoint: begin a new pass
-                self._stream.load_state(self._saved_stream)
 
     # -- train ------------------------------------------------------------------------------------------------------
 
@@ -336,7 +330,7 @@ class Participant:
         self._stop_moving()
         if self.trainer is not None:
             self.network.run(handover.tell_all(self.network.directory))  # others send elsewhere from now on
-            self.trainer.stop()
+            self._stop_training(self.trainer)
             self._stopped = True
         if self.averager is not None:
             self.averager.leaving = True
@@ -353,13 +347,20 @@ class Participant:
         with self._closed:
             self._stop_moving()
             if self.trainer is not None:
-                self.trainer.stop()
+                self._stop_training(self.trainer)
                 self.write_checkpoint()  # nothing new to write after `leave`; after an error it is what resumes
             if self.averager is not None:
                 with contextlib.suppress(Exception):
                     self.network.run(self.averager.stop(), timeout_s=10)
                 self.averager = None
+            if self._stream is not None:
+                self._stream.close()
             self.network.stop()
+
+    def _stop_training(self, trainer: Trainer | StageTrainer) -> None:
+        if self._stream is not None:
+            self._stream.close()  # it may be waiting for text
+        trainer.stop()
 
     def _stop_moving(self) -> None:
         if self._moving is not None:

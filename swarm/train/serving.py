@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from swarm.averaging.averager import Averager
 from swarm.config import RunConfig
-from swarm.data.stream import PackedStream
+from swarm.data.text_stream import TextStream
 from swarm.events import Warning
 from swarm.network.network import Network
 from swarm.pipeline import calls, wire
@@ -28,6 +28,7 @@ from swarm.train.boundary import Boundary
 from swarm.train.optimizers import Optimizers
 from swarm.train.run_source import Held
 from swarm.train.stage_steps import StageSteps
+from swarm.train.text import drawn
 
 PIECES = 4
 """microbatches in the batch of one inner step"""
@@ -46,7 +47,7 @@ class Serving:
     compute: StageCompute
     steps: StageSteps
     chain: Chain
-    new_origin: Callable[[PackedStream, Callable[[float, int], None]], Origin]
+    new_origin: Callable[[TextStream, Callable[[float, int], None]], Origin]
     """of own microbatches, drawn from a stream, for a peer that has come to serve the first fragment; it is told their
     loss and tokens as they are done"""
     boundary: Boundary
@@ -87,9 +88,9 @@ async def serve(
         is_alive=lambda peer_id: peer_id in network.directory.alive(),
     )
 
-    def new_origin(stream: PackedStream, on_done: Callable[[float, int], None]) -> Origin:
+    def new_origin(stream: TextStream, on_done: Callable[[float, int], None]) -> Origin:
         return Origin(
-            network.peer_id, chain, link_calls, draw=lambda: stream.next_batch(microbatch_sequences(run)),
+            network.peer_id, chain, link_calls, draw=lambda: drawn(stream, microbatch_sequences(run)),
             first_number=int(time.time() * 1000) * NUMBERS_A_MS, largest_credit=chain.max_in_flight, on_done=on_done,
         )
 

@@ -1,12 +1,15 @@
 """Inner steps of a stage's fragments, from the gradients that microbatches have left there.
 
 A fragment takes a step after its own quota of tokens, whoever sent them: as many as an inner step of a whole peer has.
-In `sync` runs there is no inner step, and what was learnt goes on to averaging as it comes.
+Its gradient is that of the mean over all targets in them. In `sync` runs there is no inner step, and what was learnt
+goes on to averaging as it comes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
+
+import torch
 
 from swarm.averaging.averager import Averager
 from swarm.averaging.outer import learning_rate
@@ -26,7 +29,8 @@ class StageSteps:
         self._run, self._inner, self._compute, self._averager = run, inner, compute, averager
         self._announce = announce
         self.sync = run.averaging.mode == "sync"
-        self._quota = 1 if self.sync else run.train.batch_sequences * run.train.sequence_length
+        self._length = run.train.sequence_length
+        self._quota = 1 if self.sync else run.train.batch_sequences * self._length
         self.shares = 0.0
         """tokens trained here, each counted by the share of the fragments that were: over all peers of a microbatch
         they add up to its tokens"""
@@ -43,8 +47,10 @@ class StageSteps:
         for fragment in fragments or self._compute.fragments:
             if self._compute.tokens(fragment) < quota:
                 continue
+            targets = self._compute.targets(fragment)
             gradients, tokens = self._compute.take(fragment)
             if self.sync:
+                weigh(gradients, density(targets, tokens=tokens, length=self._length))
                 self._averager.trained_fragment(fragment, tokens, gradients)
                 self._announce()
             else:
@@ -54,3 +60,16 @@ class StageSteps:
                     continue
                 self._averager.trained_fragment(fragment, tokens)
             self.shares += tokens / self._run.fragments
+
+
+def density(targets: int, *, tokens: int, length: int) -> float:
+    """Targets in rows of this length, as a share of those in plain rows: 1 there, less with prefixes or padding."""
+    return targets / (tokens // length * (length - 1))
+
+
+def weigh(gradients: Mapping[str, torch.Tensor], density: float) -> None:
+    """`sync` runs average what peers have learnt by its tokens. So that the sum is still that over all their targets, a
+    mean over few of them counts less."""
+    if density != 1:
+        for values in gradients.values():
+            values.mul_(density)

@@ -13,15 +13,14 @@ import threading
 import time
 from collections.abc import Callable
 
-import torch
-
 from swarm.averaging.averager import Averager
 from swarm.config import RunConfig
-from swarm.data.stream import PackedStream
+from swarm.data.text_stream import TextClosed, TextStream
 from swarm.network.network import Network
 from swarm.pipeline.origin import Origin
 from swarm.train.metered import Metered
 from swarm.train.serving import Serving, microbatch_sequences
+from swarm.train.text import drawn
 from swarm.train.trainer import give_way
 
 WAIT_S = 0.01
@@ -36,7 +35,7 @@ class StageTrainer(Metered):
     """Has the same face as `Trainer`."""
 
     def __init__(
-        self, run: RunConfig, serving: Serving, averager: Averager, network: Network, *, stream: PackedStream | None
+        self, run: RunConfig, serving: Serving, averager: Averager, network: Network, *, stream: TextStream | None
     ) -> None:
         """`stream`: where this peer serves the first fragment at its start."""
         super().__init__()
@@ -116,7 +115,7 @@ class StageTrainer(Metered):
 
     # -- on the network's thread ------------------------------------------------------------------------------------
 
-    async def originate(self, stream: PackedStream) -> None:
+    async def originate(self, stream: TextStream) -> None:
         """This peer serves the first fragment: from now on it draws text, too."""
         self._stream, self._no_more = stream, False
         self._origin = self._serving.new_origin(stream, self._done)
@@ -138,12 +137,14 @@ class StageTrainer(Metered):
         if self._origin is not None:
             self._origin.credit.largest = in_flight
 
-    async def _originate(self, origin: Origin, stream: PackedStream) -> None:
+    async def _originate(self, origin: Origin, stream: TextStream) -> None:
         try:
-            if self._run.averaging.mode == "sync":
-                await self._step_forever(origin, stream)
-            else:
-                await origin.run(until=self._is_over_here)
+            with contextlib.suppress(TextClosed):  # this peer is leaving: what is under way is finished
+                if self._run.averaging.mode == "sync":
+                    await self._step_forever(origin, stream)
+                else:
+                    await origin.run(until=self._is_over_here)
+            await origin.finish()
         except Exception as error:
             self.error = error
             self._stop.set()
@@ -151,15 +152,15 @@ class StageTrainer(Metered):
     def _is_over_here(self) -> bool:
         return self._no_more or self._leave.is_set()
 
-    async def _step_forever(self, origin: Origin, stream: PackedStream) -> None:
+    async def _step_forever(self, origin: Origin, stream: TextStream) -> None:
         """`sync`: a batch, then a round of every fragment, again."""
         def oldest() -> int:
             return min(state.version for state in self._averager.states())
 
         while not self._is_over_here():
-            batch = stream.next_batch(self._run.train.batch_sequences)
+            batch = await drawn(stream, self._run.train.batch_sequences)
             version = oldest()
-            pieces = list(torch.split(batch, microbatch_sequences(self._run)))
+            pieces = batch.split(microbatch_sequences(self._run))
             self._done(await origin.step(pieces, version=version), batch.numel())
             deadline = time.monotonic() + self._run.averaging.max_round_s
             # a fragment held here may have been done by another holder: nothing is pending then, and the step not over

@@ -17,12 +17,13 @@ import torch
 from swarm.averaging.averager import Averager
 from swarm.averaging.outer import learning_rate
 from swarm.config import RunConfig
-from swarm.data.stream import PackedStream
+from swarm.data.text_stream import TextClosed, TextStream
 from swarm.network.network import Network
 from swarm.train.boundary import Boundary
 from swarm.train.inner import InnerOptimizer
 from swarm.train.metered import Metered
 from swarm.train.serving import Serving
+from swarm.train.stage_steps import density, weigh
 
 SYNC_POLL_S = 0.05
 SETTLE_S = 15.0
@@ -33,7 +34,7 @@ SWITCH_S = 0.001
 
 class Trainer(Metered):
     def __init__(
-        self, run: RunConfig, inner: InnerOptimizer, stream: PackedStream, averager: Averager, network: Network,
+        self, run: RunConfig, inner: InnerOptimizer, stream: TextStream, averager: Averager, network: Network,
         boundary: Boundary, serving: Serving,
     ) -> None:
         super().__init__()
@@ -65,10 +66,11 @@ class Trainer(Metered):
     def _train(self) -> None:
         give_way()
         try:
-            while not self._stop.is_set():
-                self._serving.pause()
-                self._inner_step()
-                self._serving.steps.take_due()
+            with contextlib.suppress(TextClosed):
+                while not self._stop.is_set():
+                    self._serving.pause()
+                    self._inner_step()
+                    self._serving.steps.take_due()
             self._settle()
         except BaseException as error:
             self.error = error
@@ -92,6 +94,7 @@ class Trainer(Metered):
             if not self._inner.clip():
                 return
             gradients = {name: p.grad for name, p in self._inner.parameters.items() if p.grad is not None}
+            weigh(gradients, density(batch.num_targets, tokens=tokens, length=self._run.train.sequence_length))
             self._averager.trained(tokens, gradients)
         else:
             self._serving.compute.before_write()

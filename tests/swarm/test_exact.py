@@ -44,7 +44,7 @@ def one_process(run: RunConfig, readers: list[str]) -> dict[str, list[float]]:
             group["lr"] = learning_rate(run, step * BATCH_TOKENS * len(readers))
         optimizer.zero_grad()
         for reader, stream in streams.items():
-            batch = stream.next_batch(run.train.batch_sequences)
+            batch = stream.next_batch(run.train.batch_sequences).tokens
             loss = model(input_ids=batch, labels=batch).loss
             (loss / len(readers)).backward()
             losses[reader].append(float(loss.detach()))

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from swarm.config import RunConfig, load_run
+from swarm.data.batch import Batch
 from swarm.data.sources import documents
 from swarm.data.stream import held_out_batches, tokenise
 from swarm.data.tokenizer import load_tokenizer
@@ -18,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 from benches import loss
 
 
-def setup(tmp_path: Path, bits: int) -> tuple[RunConfig, torch.Tensor, torch.Tensor]:
+def setup(tmp_path: Path, bits: int) -> tuple[RunConfig, torch.Tensor, Batch]:
     run = load_run(write_run(tmp_path, train={"total_tokens": 12_000}, averaging={"tokens_per_round": 1_500}))
     run = dataclasses.replace(run, averaging=dataclasses.replace(run.averaging, bits=bits))
     train, held_out = documents(run.data)

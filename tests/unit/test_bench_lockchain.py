@@ -12,6 +12,7 @@ import torch
 
 from swarm.averaging.outer import learning_rate
 from swarm.config import RunConfig, load_run
+from swarm.data.batch import Batch
 from swarm.data.sources import documents
 from swarm.data.stream import PackedStream, tokenise
 from swarm.data.tokenizer import load_tokenizer
@@ -50,7 +51,8 @@ def one_process(run: RunConfig, tokens: torch.Tensor, *, num_steps: int, num_ori
     ]
     trained = 0
     for _ in range(num_steps):
-        inner.gradients(torch.cat([stream.next_batch(run.train.batch_sequences) for stream in streams]))
+        texts = [stream.next_batch(run.train.batch_sequences).tokens for stream in streams]
+        inner.gradients(Batch(torch.cat(texts)))
         inner.step(learning_rate(run, trained))
         trained += num_origins * run.train.batch_sequences * length
     parameters = dict(held.model.named_parameters())

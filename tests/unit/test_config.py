@@ -75,6 +75,7 @@ def test_the_hash_of_a_known_config_never_changes():
         )
     )  # fmt: skip
     assert document.pop("pipeline") == {"activation_bits": 8}, "came later: spelt only where it says anything"
+    assert (document.pop("sources"), document.pop("phases")) == ({}, []), "so did these"
     assert json.loads(canonical_json(run)) == document
     assert run.run_id == "demo-b252d456f4d8"
     assert canonical_json(run).isascii()
@@ -270,9 +271,13 @@ def test_what_cannot_be_is_refused_with_the_file_and_the_key(change, said):
     assert message.startswith("run.yaml: ")
 
 
-@pytest.mark.parametrize("key", ["name", "model", "data"])
+@pytest.mark.parametrize("key", ["name", "model"])
 def test_what_is_missing_is_named(key):
     assert f"missing key '{key}'" in refused({k: v for k, v in SMALLEST.items() if k != key})
+
+
+def test_a_run_without_text_is_told_both_ways_to_name_it():
+    assert "exactly one of data and sources" in refused({k: v for k, v in SMALLEST.items() if k != "data"})
 
 
 def test_sync_is_exact_and_allowed_with_32_bits():

@@ -8,12 +8,13 @@ can be as wide as those of a model that no two cores could run. Everything else 
 from __future__ import annotations
 
 import time
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 
 import torch
 
 from swarm.model.fragments import FragmentSpec
+from swarm.model.prefix import Segments
 from swarm.model.stage import Stage
 from swarm.pipeline.compute import StageCompute, _Pending
 
@@ -33,20 +34,20 @@ class Padded(StageCompute):
 
     def forward(
         self, key: Hashable, values: torch.Tensor, *, start: int, end: int, tokens: int, keep: bool = True,
-        prefixes: Sequence[int] = (),
+        segments: Segments | None = None,
     ) -> torch.Tensor:
         until = time.monotonic() + self.times.forward_s * (end - start)
-        left = super().forward(key, values, start=start, end=end, tokens=tokens, keep=keep, prefixes=prefixes)
+        left = super().forward(key, values, start=start, end=end, tokens=tokens, keep=keep, segments=segments)
         sleep_until(until)
         return left
 
     def loss(
-        self, key: Hashable, values: torch.Tensor, targets: torch.Tensor, *, start: int, end: int, keep: bool = True,
-        prefixes: Sequence[int] = (),
+        self, key: Hashable, values: torch.Tensor, ids: torch.Tensor, *, start: int, end: int, keep: bool = True,
+        segments: Segments | None = None,
     ) -> tuple[float, torch.Tensor | None]:
         """The forward's time and the backward's."""
         until = time.monotonic() + (self.times.forward_s + self.times.backward_s * keep) * (end - start)
-        found = super().loss(key, values, targets, start=start, end=end, keep=keep, prefixes=prefixes)
+        found = super().loss(key, values, ids, start=start, end=end, keep=keep, segments=segments)
         sleep_until(until)
         return found
 
@@ -78,7 +79,7 @@ class Emulated(StageCompute):
 
     def forward(
         self, key: Hashable, values: torch.Tensor, *, start: int, end: int, tokens: int, keep: bool = True,
-        prefixes: Sequence[int] = (),
+        segments: Segments | None = None,
     ) -> torch.Tensor:
         time.sleep(self.times.forward_s * (end - start))
         if keep:
@@ -86,16 +87,16 @@ class Emulated(StageCompute):
         return values if start else self._embedded(tuple(values.shape))
 
     def loss(
-        self, key: Hashable, values: torch.Tensor, targets: torch.Tensor, *, start: int, end: int, keep: bool = True,
-        prefixes: Sequence[int] = (),
+        self, key: Hashable, values: torch.Tensor, ids: torch.Tensor, *, start: int, end: int, keep: bool = True,
+        segments: Segments | None = None,
     ) -> tuple[float, torch.Tensor | None]:
-        left = self.forward(key, values, start=start, end=end, tokens=targets.numel(), keep=keep)
+        left = self.forward(key, values, start=start, end=end, tokens=ids.numel(), keep=keep)
         return 1.0, self.backward(key, left) if keep else None
 
     def backward(self, key: Hashable, gradient: torch.Tensor | None) -> torch.Tensor | None:
         start, end, tokens = self._under_way.pop(key)
         time.sleep(self.times.backward_s * (end - start))
-        self._pending[key] = _Pending(tokens, {fragment: {} for fragment in range(start, end)})
+        self._pending[key] = _Pending(tokens, tokens, {fragment: {} for fragment in range(start, end)})
         return gradient if start else None
 
     def forget(self, key: Hashable) -> None:

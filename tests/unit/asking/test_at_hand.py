@@ -6,14 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from swarm.asking.answerer import Manner, chooser, write
-from swarm.asking.at_hand import AtHand, is_target, positions, segment_mask
+from swarm.asking.at_hand import AtHand
 from swarm.data.batch import Batch, Segment
+from swarm.model.prefix import segment_mask
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "gptj": {"n_layer": 2, "n_embd": 16, "n_head": 2, "rotary_dim": 4, "n_positions": 64, "vocab_size": 300},
@@ -116,7 +115,7 @@ Rows = list[list[Segment]]
 def alone(model: Any, tokens: torch.Tensor, prefix: int) -> tuple[float, int]:
     """A segment as a text of its own: sum of what its targets cost, and how many they are."""
     length = len(tokens)
-    mask = segment_mask([(prefix, length)], length, dtype=torch.float32)[None, None]
+    mask = segment_mask([[(prefix, length)]])
     with torch.no_grad():
         logits = model(input_ids=tokens[None], attention_mask=mask).logits[0, :-1]
     first = max(1, prefix)
@@ -145,19 +144,3 @@ def test_rows_of_padding_cost_nothing(model: Any) -> None:
     rows = torch.tensor([ids_of(6, seed=seed) for seed in range(9)])
     padded = Batch(rows, (*[((0, 6),)] * 8, ((6, 6),)))
     assert AtHand(model).loss(padded) == AtHand(model).loss(Batch(rows[:8]))
-
-
-@given(st.lists(st.tuples(st.integers(0, 6), st.integers(1, 6)), min_size=1, max_size=5))
-@settings(max_examples=40, deadline=None)
-def test_who_sees_whom_in_a_row(drawn: list[tuple[int, int]]) -> None:
-    row = [(min(prefix, length), length) for prefix, length in drawn]
-    length = sum(size for _, size in row)
-    seen = segment_mask(row, length, dtype=torch.float32) == 0
-    place = [(number, offset) for number, (_, size) in enumerate(row) for offset in range(size)]
-    for query, (segment, offset) in enumerate(place):
-        for key, (other, before) in enumerate(place):
-            wanted = segment == other and (before <= offset or before < row[segment][0])
-            assert bool(seen[query, key]) is wanted
-    assert positions(row).tolist() == [offset for _, offset in place]
-    assert is_target(row).tolist() == [offset >= max(1, row[segment][0]) for segment, offset in place]
-    assert int(is_target(row).sum()) == Batch(torch.zeros(1, length), (tuple(row),)).num_targets

@@ -62,8 +62,8 @@ def test_what_cannot_be_predicted_is_said() -> None:
 
 def test_of_a_run_the_same_rows_come_everywhere(tmp_path: Path) -> None:
     run, held = make_run(tmp_path)
-    batches = held_out(run, byte_tokenizer(), sequences=5)
-    again = held_out(run, byte_tokenizer(), sequences=5)
+    batches = held_out(run, byte_tokenizer(), vocabulary=300, sequences=5)
+    again = held_out(run, byte_tokenizer(), vocabulary=300, sequences=5)
     assert batches.keys() == again.keys() and len(batches) == 1
     for key, batch in batches.items():
         assert torch.equal(batch.tokens, again[key].tokens) and batch.tokens.shape == (5, 32)

@@ -29,7 +29,7 @@ def starts_of_pass(one: PackedStream, number: int) -> list[int]:
     one.load_state({"pass": number, "position": 0})
     starts = []
     while True:
-        window = one.next_batch(1)
+        window = one.next_batch(1).tokens
         if one.state()["pass"] != number:
             return starts
         starts.append(int(window[0, 0]))
@@ -70,7 +70,9 @@ def test_no_documents_no_tokens() -> None:
 
 
 def test_batches_are_int64_windows_of_the_text() -> None:
-    batch = stream().next_batch(5)
+    drawn = stream().next_batch(5)
+    assert drawn.segments is None, "each is one causal segment, whatever documents are in it"
+    batch = drawn.tokens
     assert batch.shape == (5, 16) and batch.dtype == torch.int64
     for row in batch.tolist():
         assert row == list(range(row[0], row[0] + 16))
@@ -79,7 +81,7 @@ def test_batches_are_int64_windows_of_the_text() -> None:
 def test_two_byte_tokens_come_out_right() -> None:
     tokens = tokenise(dataset("abc" * 50), byte_tokenizer())
     one = PackedStream(tokens, sequence_length=8, seed=0, reader="anna")
-    assert set(one.next_batch(20).flatten().tolist()) <= {97, 98, 99, 256}
+    assert set(one.next_batch(20).tokens.flatten().tolist()) <= {97, 98, 99, 256}
 
 
 @pytest.mark.parametrize(("tokens", "length"), [(1000, 16), (1000, 7), (160, 16), (31, 16), (17, 16), (16, 16)])
@@ -93,10 +95,10 @@ def test_each_window_exactly_once_a_pass(tokens: int, length: int) -> None:
 
 def test_batches_run_on_into_the_next_pass() -> None:
     whole = stream(tokens=100, length=16)
-    batches = torch.cat([whole.next_batch(4) for _ in range(10)])
+    batches = torch.cat([whole.next_batch(4).tokens for _ in range(10)])
     one_by_one = stream(tokens=100, length=16)
-    assert torch.equal(batches, torch.cat([one_by_one.next_batch(1) for _ in range(40)]))
-    assert torch.equal(batches, stream(tokens=100, length=16).next_batch(40))
+    assert torch.equal(batches, torch.cat([one_by_one.next_batch(1).tokens for _ in range(40)]))
+    assert torch.equal(batches, stream(tokens=100, length=16).next_batch(40).tokens)
     assert whole.state() == one_by_one.state() and whole.state()["pass"] > 4
 
 
@@ -108,18 +110,18 @@ def test_passes_differ_in_order_and_in_cut() -> None:
 
 
 def test_same_seed_and_reader_same_order() -> None:
-    assert torch.equal(stream().next_batch(200), stream().next_batch(200))
+    assert torch.equal(stream().next_batch(200).tokens, stream().next_batch(200).tokens)
 
 
 def test_order_never_changes_between_versions() -> None:
     """Pinned: a checkpoint written before an upgrade must go on at the same window after it."""
-    assert stream(seed=1, reader="pin").next_batch(4)[:, 0].tolist() == [294, 262, 182, 22]
+    assert stream(seed=1, reader="pin").next_batch(4).tokens[:, 0].tolist() == [294, 262, 182, 22]
 
 
 def test_readers_and_seeds_are_independent() -> None:
-    base = stream().next_batch(60)[:, 0]
+    base = stream().next_batch(60).tokens[:, 0]
     for other in (stream(reader="bert"), stream(seed=1), stream(reader="0/anna"), stream(reader="")):
-        starts = other.next_batch(60)[:, 0]
+        starts = other.next_batch(60).tokens[:, 0]
         agree = (starts // 16 == base // 16).float().mean()
         assert agree < 0.2
 
@@ -135,14 +137,14 @@ def test_resume_is_exact(batches: int) -> None:
     other.load_state(state)
     assert other.state() == state
     for _ in range(20):
-        assert torch.equal(one.next_batch(7), other.next_batch(7))
+        assert torch.equal(one.next_batch(7).tokens, other.next_batch(7).tokens)
 
 
 def test_state_is_not_tied_to_the_batch_size() -> None:
     one, other = stream(), stream()
     one.next_batch(12)
     other.load_state(one.state())
-    assert torch.equal(torch.cat([one.next_batch(2), one.next_batch(4)]), other.next_batch(6))
+    assert torch.equal(torch.cat([one.next_batch(2).tokens, one.next_batch(4).tokens]), other.next_batch(6).tokens)
 
 
 @pytest.mark.parametrize(
@@ -166,7 +168,7 @@ def test_bad_state_is_refused_and_changes_nothing(state: dict[str, object]) -> N
         one.load_state(state)
     assert caught.value.do
     assert one.state() == other.state()
-    assert torch.equal(one.next_batch(9), other.next_batch(9))
+    assert torch.equal(one.next_batch(9).tokens, other.next_batch(9).tokens)
 
 
 def test_text_shorter_than_a_sequence() -> None:
@@ -179,9 +181,9 @@ def test_text_shorter_than_a_sequence() -> None:
 
 def test_held_out_windows_are_fixed_spread_and_apart() -> None:
     tokens = torch.arange(10_000, dtype=torch.int32)
-    batch = held_out_batches(tokens, sequence_length=16, num_sequences_max=50)
+    batch = held_out_batches(tokens, sequence_length=16, num_sequences_max=50).tokens
     assert batch.shape == (50, 16) and batch.dtype == torch.int64
-    assert torch.equal(batch, held_out_batches(tokens, sequence_length=16, num_sequences_max=50))
+    assert torch.equal(batch, held_out_batches(tokens, sequence_length=16, num_sequences_max=50).tokens)
     gaps = batch[1:, 0] - batch[:-1, 0]
     assert gaps.min() >= 16 and gaps.max() - gaps.min() <= 16
     assert batch[0, 0] == 0 and batch[-1, -1] > 9_700
@@ -189,5 +191,5 @@ def test_held_out_windows_are_fixed_spread_and_apart() -> None:
 
 @pytest.mark.parametrize("tokens", [16, 17, 31, 32, 100])
 def test_held_out_takes_all_there_is_where_there_is_little(tokens: int) -> None:
-    batch = held_out_batches(torch.arange(tokens), sequence_length=16, num_sequences_max=1000)
+    batch = held_out_batches(torch.arange(tokens), sequence_length=16, num_sequences_max=1000).tokens
     assert batch[:, 0].tolist() == list(range(0, tokens - 15, 16))

@@ -40,7 +40,7 @@ def test_demo_learns_within_thirty_steps() -> None:
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=run.train.learning_rate, betas=run.train.betas)
     for _ in range(30):
-        batch = stream.next_batch(run.train.batch_sequences)
+        batch = stream.next_batch(run.train.batch_sequences).tokens
         model(input_ids=batch, labels=batch).loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), run.train.clip_norm)
         optimizer.step()

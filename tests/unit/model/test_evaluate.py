@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from swarm.config import DataConfig, ModelConfig, RunConfig
+from swarm.data.batch import Batch
 from swarm.data.tokenizer import byte_tokenizer
 from swarm.model.build import build_model
-from swarm.model.evaluate import held_out_loss, mean_loss, next_token, perplexity, predicted, sample_text
+from swarm.model.evaluate import held_out_loss, mean_loss, next_token, perplexity, sample_text
 
 CONFIG = {
     "model_type": "gptj",
@@ -39,14 +40,28 @@ def test_loss_is_that_of_transformers(model: Any) -> None:
     model.eval()
     expected = model(input_ids=sequences, labels=sequences).loss.item()
     for batch in (1, 2, 5, 16):
-        assert held_out_loss(model, sequences, batch_sequences=batch) == pytest.approx(expected, rel=1e-5)
+        assert held_out_loss(model, Batch(sequences), batch_sequences=batch) == pytest.approx(expected, rel=1e-5)
 
 
 def test_loss_of_a_model_that_knows_nothing_is_ln_of_its_vocabulary(model: Any) -> None:
     with torch.no_grad():
         model.lm_head.weight.zero_()
         model.lm_head.bias.zero_()
-    assert held_out_loss(model, torch.zeros(2, 10, dtype=torch.int64)) == pytest.approx(math.log(300), rel=1e-6)
+    assert held_out_loss(model, Batch(torch.zeros(2, 10, dtype=torch.int64))) == pytest.approx(math.log(300), rel=1e-6)
+
+
+def test_the_loss_of_segments_is_of_their_targets(model: Any) -> None:
+    """As transformers says of each segment alone; rows without a target count for nothing."""
+    model.eval()
+    tokens = torch.randint(0, 257, (3, 12), generator=torch.Generator().manual_seed(1))
+    segments = (((0, 5), (7, 7)), ((12, 12),), ((0, 3), (0, 9)))
+    alone = [(tokens[0, :5], 4), (tokens[2, :3], 2), (tokens[2, 3:], 8)]
+    with torch.no_grad():
+        losses = [(float(model(input_ids=ids[None], labels=ids[None]).loss), count) for ids, count in alone]
+    for rows in (1, 2, 16):
+        found = held_out_loss(model, Batch(tokens, segments), batch_sequences=rows)
+        assert found == pytest.approx(mean_loss(losses), rel=1e-5)
+    assert held_out_loss(model, Batch(tokens[1:2], segments[1:2])) == 0.0
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -54,8 +69,8 @@ def test_loss_leaves_no_trace(model: Any, training: bool) -> None:
     model.train(training)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     sequences = torch.arange(40).reshape(2, 20)
-    first = held_out_loss(model, sequences)
-    assert held_out_loss(model, sequences) == first, "dropout (0.1 by default) was on"
+    first = held_out_loss(model, Batch(sequences))
+    assert held_out_loss(model, Batch(sequences)) == first, "dropout (0.1 by default) was on"
     assert model.training is training
     assert all(module.training is training for module in model.modules() if isinstance(module, nn.Dropout))
     assert all(p.grad is None and torch.equal(p, before[name]) for name, p in model.named_parameters())
@@ -63,7 +78,7 @@ def test_loss_leaves_no_trace(model: Any, training: bool) -> None:
 
 def test_mode_comes_back_after_an_error(model: Any) -> None:
     with pytest.raises(IndexError):
-        held_out_loss(model, torch.full((1, 8), 9999))
+        held_out_loss(model, Batch(torch.full((1, 8), 9999)))
     assert model.training
 
 
@@ -112,7 +127,7 @@ def test_prompts_of_any_length(model: Any) -> None:
 def test_the_mean_is_over_tokens() -> None:
     assert mean_loss([(1.0, 30), (4.0, 10)]) == pytest.approx(1.75)
     assert mean_loss(iter([(2.5, 7)])) == 2.5
-    assert predicted(torch.zeros(3, 5)) == 12 and predicted(torch.zeros(1, 2)) == 1
+    assert mean_loss([]) == mean_loss([(0.0, 0)]) == 0.0, "of a text without targets"
 
 
 def test_perplexity_is_among_how_many_it_guesses() -> None:

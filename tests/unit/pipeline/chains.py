@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
 
+from swarm.data.batch import Batch
 from swarm.errors import NetworkError, PeerGone
 from swarm.network import records
 from swarm.network.link import Answer
@@ -28,6 +29,8 @@ from swarm.pipeline.work import Done
 from tests.unit.pipeline.toy import HIDDEN, LENGTH, VOCABULARY, Toy, fragments_of
 
 T = TypeVar("T")
+A_TARGET = LENGTH / (LENGTH - 1)
+"""tokens of plain rows"""
 
 
 class World:
@@ -118,9 +121,11 @@ class Peer:
 
     forgotten = False
 
-    def origin(self, texts: list[torch.Tensor], *, credit: int = 4) -> tuple[Origin, Callable[[], bool]]:
+    def origin(
+        self, texts: Sequence[torch.Tensor | Batch], *, credit: int = 4
+    ) -> tuple[Origin, Callable[[], bool]]:
         """An origin of these microbatches, and whether all are drawn."""
-        left = list(texts)
+        left = [text if isinstance(text, Batch) else Batch(text) for text in texts]
         made = Origin(
             self.id, self.chain, self, draw=lambda: left.pop(0), first_number=0, largest_credit=credit,
             on_done=lambda loss, tokens: self.losses.append(loss),
@@ -239,13 +244,14 @@ async def finish(origins: list[tuple[Origin, Callable[[], bool]]]) -> None:
 
 
 def sums(world: World) -> dict[str, torch.Tensor]:
-    """Of all peers, dead or alive: name -> gradient times tokens, added up."""
+    """Of all peers, dead or alive: name -> gradient times tokens, added up. Plain rows of so many targets, that is."""
     total: dict[str, torch.Tensor] = {}
     for peer in world.peers.values():
         for fragment in peer.compute.fragments:
-            gradients, tokens = peer.compute.take(fragment)
+            targets = peer.compute.targets(fragment)
+            gradients, _ = peer.compute.take(fragment)
             for name, values in gradients.items():
-                total[name] = total.get(name, torch.zeros_like(values)) + values * tokens
+                total[name] = total.get(name, torch.zeros_like(values)) + values * (targets * A_TARGET)
     return total
 
 

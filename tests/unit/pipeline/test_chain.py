@@ -10,6 +10,7 @@ from collections import Counter
 import pytest
 import torch
 
+from swarm.data.batch import Batch
 from swarm.errors import BadMessage, PeerRefused
 from swarm.pipeline import admission, onward, wire
 from swarm.pipeline import chain as chains
@@ -205,7 +206,7 @@ def test_what_a_dead_origin_has_sent_is_forgotten_in_time() -> None:
         world = World(3, seed=4)
         origin, middle, last = (Peer(world, name, i, i + 1) for i, name in enumerate("abc"))
         asyncio.get_running_loop().call_later(0.3, origin.kill)
-        asking = asyncio.ensure_future(origin.chain.begin_own(0, tokens))
+        asking = asyncio.ensure_future(origin.chain.begin_own(0, Batch(tokens)))
         await asyncio.sleep(5)
         asking.cancel()
         assert middle.compute.in_flight == last.compute.in_flight == 1
@@ -260,7 +261,7 @@ def test_a_loss_can_be_asked_for_without_learning() -> None:
     async def story() -> None:
         world = World(3, seed=7)
         peers = [Peer(world, f"peer{i}", i, i + 1) for i in range(3)]
-        answer = await peers[0].chain.begin_own(0, tokens, train=False)
+        answer = await peers[0].chain.begin_own(0, Batch(tokens), train=False)
         assert answer.loss == pytest.approx(losses[0], rel=1e-6)
         await asyncio.sleep(1)
         assert all(peer.compute.in_flight == 0 for peer in peers)
@@ -278,7 +279,7 @@ def test_where_nobody_holds_the_rest_it_is_said_and_asked_again_later(monkeypatc
         world = World(2, seed=8)
         alone = Peer(world, "a", 0, 1)
         with pytest.raises(PeerRefused, match="nobody holds fragment 1"):
-            await alone.chain.begin_own(0, tokens)
+            await alone.chain.begin_own(0, Batch(tokens))
         origin, until = alone.origin([tokens])
         asyncio.get_running_loop().call_later(10, lambda: Peer(world, "b", 1, 2))
         await origin.run(until=until)
@@ -344,9 +345,9 @@ def test_a_version_that_does_not_come_is_not_waited_for_for_ever(monkeypatch: py
         at = [0]
         peer.chain._is_ready = lambda start, end, version: at[0] >= version
         with pytest.raises(PeerRefused, match="version 3 did not come"):
-            await peer.chain.begin_own(0, tokens, version=3)
+            await peer.chain.begin_own(0, Batch(tokens), version=3)
         asyncio.get_running_loop().call_later(1, at.__setitem__, 0, 3)
-        assert (await peer.chain.begin_own(0, tokens, version=3)).loss > 0
+        assert (await peer.chain.begin_own(0, Batch(tokens), version=3)).loss > 0
 
     play(story())
 
@@ -361,7 +362,7 @@ def test_a_stage_may_change_between_two_microbatches() -> None:
         origin, middle, last = Peer(world, "a", 0, 1), Peer(world, "b", 1, 3), Peer(world, "c", 2, 3)
         paths = []
         for number, tokens in enumerate(texts):
-            answer = asyncio.ensure_future(origin.chain.begin_own(number, tokens))
+            answer = asyncio.ensure_future(origin.chain.begin_own(number, Batch(tokens)))
             await asyncio.sleep(0.12)  # it is at the middle
             middle.end = middle.chain.end = 3 if middle.chain.end == 2 else 2
             paths.append([(hop.peer_id, hop.start, hop.end) for hop in (await answer).path])

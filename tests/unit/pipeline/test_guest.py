@@ -7,6 +7,7 @@ import asyncio
 import pytest
 import torch
 
+from swarm.data.batch import Batch
 from swarm.errors import BadMessage, NetworkError, PeerRefused, StateError
 from swarm.pipeline import admission, guest, onward, wire
 from swarm.pipeline.messages import Bits, Microbatch
@@ -35,10 +36,10 @@ def test_a_guest_hears_what_one_process_would_say(stages: Stages) -> None:
         world = World(4, seed=1)
         peers = [Peer(world, f"peer{i}", *stage) for i, stage in enumerate(stages)]
         asking = Visitor(world, "guest").guest
-        assert await asyncio.gather(*map(asking.loss, texts)) == pytest.approx(losses, rel=1e-6)
+        assert await asyncio.gather(*map(asking.loss, map(Batch, texts))) == pytest.approx(losses, rel=1e-6)
         for tokens in (texts[0], texts[1][:1, :1], texts[2][:, :3]):
             for positions in (1, tokens.shape[1]):
-                found = await asking.logits(tokens, positions=positions)
+                found = await asking.logits(Batch(tokens), positions=positions)
                 assert torch.equal(found, in_one(tokens, positions=positions))
         await asyncio.sleep(1)
         for peer in peers:
@@ -58,7 +59,7 @@ def test_with_fewer_bits_it_is_nearly_the_same(bits: Bits, back_bits: Bits, off:
         for index in range(4):
             Peer(world, f"peer{index}", index, index + 1)
         asking = Visitor(world, "guest").guest
-        errors = await asking.logits(tokens) - in_one(tokens, positions=1)
+        errors = await asking.logits(Batch(tokens)) - in_one(tokens, positions=1)
         assert 0 < float(errors.abs().max()) < off
 
     play(story())
@@ -75,10 +76,10 @@ def test_a_fragment_without_holder_is_named_and_one_that_comes_back_is_waited_fo
         clock = asyncio.get_running_loop().time
         began = clock()
         with pytest.raises(StateError, match="nobody here holds fragment 2, 3") as caught:
-            await asking.loss(tokens)
+            await asking.loss(Batch(tokens))
         assert "--fragments" in caught.value.do and guest.GAP_S <= clock() - began < guest.GAP_S + 1
         asyncio.get_running_loop().call_later(guest.GAP_S / 2, lambda: Peer(world, "b", 2, 4))
-        assert await asking.loss(tokens) == pytest.approx(losses[0], rel=1e-6)
+        assert await asking.loss(Batch(tokens)) == pytest.approx(losses[0], rel=1e-6)
 
     play(story())
 
@@ -98,7 +99,7 @@ def test_the_death_of_a_peer_on_the_way_is_repaired() -> None:
         asking = Visitor(world, "guest").guest
         asyncio.get_running_loop().call_later(0.1, peers[0].kill)
         asyncio.get_running_loop().call_later(0.15, peers[2].kill)
-        found = await asyncio.gather(*map(asking.loss, texts))
+        found = await asyncio.gather(*map(asking.loss, map(Batch, texts)))
         assert found == pytest.approx(losses, rel=1e-6)
         assert asking.onward.reroutes > 0
 
@@ -120,7 +121,8 @@ def test_a_crowd_of_guests_does_not_keep_training_from_its_places_or_its_time() 
                 peer.chain.max_in_flight = 8
             crowd = [Visitor(world, f"guest{i}") for i in range(5)] if crowded else []
             answers = [
-                asyncio.ensure_future(crowd[i % 5].guest.loss(tokens)) for i, tokens in enumerate(asked) if crowded
+                asyncio.ensure_future(crowd[i % 5].guest.loss(Batch(tokens)))
+                for i, tokens in enumerate(asked) if crowded
             ]
             await asyncio.sleep(1)
             most = 0
@@ -148,12 +150,12 @@ def test_training_asks_do_not_learn_from_guests_how_fast_a_peer_is() -> None:
         world = World(2, seed=7)
         first, second = Peer(world, "a", 0, 1), Peer(world, "b", 1, 2)
         asking = Visitor(world, "guest")
-        await asking.guest.loss(tokens)
+        await asking.guest.loss(Batch(tokens))
         assert first.router.of(second.id).service_s is None and first.router.of(second.id).outstanding == 0
         assert asking.router.of(first.id).outstanding == 0 and first.chain._service_s == 0.0
         first.router.failed(second.id)
         first.router.of(second.id).outstanding = 0
-        await asking.guest.loss(tokens)
+        await asking.guest.loss(Batch(tokens))
         assert first.router.of(second.id).failures == 0, "it is alive"
 
     play(story())
@@ -207,9 +209,9 @@ def test_logits_are_bounded_in_bytes_before_anybody_is_asked() -> None:
         Peer(world, "a", 0, 4)
         asking = Visitor(world, "guest").guest
         with pytest.raises(BadMessage, match="logits of 9 positions of 6"):
-            await asking.logits(microbatches(1, seed=8)[0], positions=9)
+            await asking.logits(Batch(microbatches(1, seed=8)[0]), positions=9)
         with pytest.raises(BadMessage, match="a microbatch of"):
-            await asking.loss(microbatches(1, seed=8, sequences=11)[0])
+            await asking.loss(Batch(microbatches(1, seed=8, sequences=11)[0]))
         assert world.messages == []
 
     play(story())
@@ -227,13 +229,13 @@ def test_a_peer_that_finds_nobody_to_go_on_gives_a_guest_up_soon(monkeypatch: py
         second.chain.first = 2  # gone from there, and its status does not say so yet
         asking = Visitor(world, "guest").guest
         with pytest.raises(NetworkError, match="the swarm did not answer") as caught:
-            await asking.loss(tokens)
+            await asking.loss(Batch(tokens))
         whys = ["nobody can go on at fragment 0", "nobody can go on at fragment 1", "fragment 1 is not held here"]
         assert all(why in caught.value.why for why in whys) and "monitor.py" in caught.value.do
         assert not first.chain._entries
         began = asyncio.get_running_loop().time()
         with pytest.raises(PeerRefused, match="nobody can go on at fragment 1"):
-            await first.chain.begin_own(5, tokens, train=False)
+            await first.chain.begin_own(5, Batch(tokens), train=False)
         assert asyncio.get_running_loop().time() - began < onward.GUEST_NOBODY_S + 1
 
     play(story())

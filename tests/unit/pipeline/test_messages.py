@@ -25,16 +25,14 @@ def test_a_microbatch_is_named_by_origin_number_and_where_it_enters() -> None:
     assert microbatch.model_copy(update={"start": 2}).key == (A, 7, 2)
 
 
-def test_each_sequence_may_have_a_prefix() -> None:
-    assert parse(Microbatch, GOOD).prefixes == []
-    assert parse(Microbatch, GOOD | {"prefixes": [0, 15]}).prefixes == [0, 15]
-    asked = parse(Microbatch, GOOD | {"prefixes": [0, 16], "train": False, "logits": 1})
-    assert asked.prefixes == [0, 16], "what comes after a prefix that is all there is"
+def test_sequences_may_be_cut_into_segments() -> None:
+    assert parse(Microbatch, GOOD).segments == 0
+    assert [parse(Microbatch, GOOD | {"segments": count}).segments for count in (2, 3, 32)] == [2, 3, 32]
 
 
 def test_the_largest_request_fits_into_a_head() -> None:
     path = hops(*((A[:1] * 52, index, index + 1) for index in range(256)))
-    size = {"sequences": 4096, "length": 2**20, "prefixes": [2**20 - 1] * 4096}
+    size = {"sequences": 4096, "length": 2**20, "segments": 2**32}
     asked = Microbatch(**{**GOOD, **size, "known": path})
     assert parse(Microbatch, frames.parse_head(frames.pack_head(asked.model_dump()))) == asked
 
@@ -49,8 +47,8 @@ def test_a_guest_may_ask_what_follows_one_token() -> None:
     {"length": 1}, {"length": 2**20 + 1}, {"bits": 3}, {"bits": 5}, {"back_bits": 16},
     {"logits": 1}, {"logits": -1}, {"logits": 1025, "train": False}, {"length": 1, "train": False},
     {"length": 0, "logits": 1, "train": False}, {"logits": True, "train": False},
-    {"prefixes": [1]}, {"prefixes": [1, 2, 3]}, {"prefixes": [1, 16]}, {"prefixes": [1, -1]}, {"prefixes": [1, 1.5]},
-    {"prefixes": [1, 17], "train": False, "logits": 1}, {"prefixes": None}, {"loss_on_prefix": 1},
+    {"segments": 1}, {"segments": 33}, {"segments": -2}, {"segments": 2.0}, {"segments": None}, {"segments": [2]},
+    {"segments": 2**33, "sequences": 4096, "length": 2**20},
     {"bits": 64}, {"version": -1}, {"more": 1}, {"train": 1},
     {"known": [{"peer_id": B, "start": 0}]}, {"known": None},
 ])

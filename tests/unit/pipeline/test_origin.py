@@ -6,6 +6,7 @@ import asyncio
 
 import pytest
 
+from swarm.data.batch import Batch
 from swarm.pipeline import origin as origins
 from swarm.pipeline.origin import Credit
 from tests.unit.averaging.simulation import play
@@ -100,9 +101,9 @@ def test_a_synchronous_step_is_over_when_everybody_has_added_up() -> None:
         world = World(3, seed=4)
         peers = [Peer(world, name, i, i + 1) for i, name in enumerate("abc")]
         origin, _ = peers[0].origin([])
-        loss = await origin.step(texts, version=0)
+        loss = await origin.step([Batch(tokens) for tokens in texts], version=0)
         assert loss == pytest.approx(sum(losses) / 4, rel=1e-6)
-        loss = await origin.step(texts, version=1)
+        loss = await origin.step([Batch(tokens) for tokens in texts], version=1)
         assert all(peer.compute.tokens(i) == 8 * texts[0].numel() for i, peer in enumerate(peers))
         assert loss == pytest.approx(sum(losses) / 4, rel=1e-6)
         assert largest_error(sums(world), {name: 2 * values for name, values in wanted.items()}) < 1e-5

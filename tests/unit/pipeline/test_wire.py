@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
 from swarm.config import AveragingConfig, DataConfig, ModelConfig, PipelineConfig, RunConfig
+from swarm.data.batch import Batch, Segment
 from swarm.errors import BadMessage, PeerRefused
 from swarm.pipeline import wire
 from swarm.pipeline.messages import Microbatch
@@ -112,9 +114,55 @@ def test_a_request_is_read_as_it_was_sent() -> None:
     tokens, values = torch.arange(12).view(2, 6), torch.randn(2, 6, 4)
     body = wire.encode_tokens(tokens, vocabulary=50)
     found, nothing = wire.read(question(start=0), body, vocabulary=50, hidden=4)
-    assert torch.equal(found, tokens) and nothing is None
+    assert torch.equal(found.tokens, tokens) and found.segments is None and nothing is None
     found, hidden = wire.read(question(), body + wire.encode_values(values, 32), vocabulary=50, hidden=4)
-    assert hidden is not None and torch.equal(found, tokens) and torch.equal(hidden, values)
+    assert hidden is not None and torch.equal(found.tokens, tokens) and torch.equal(hidden, values)
+
+
+SEGMENTS = [
+    (((0, 6),), ((6, 6),)), (((1, 2), (0, 4)), ((3, 6),)), (((0, 1),) * 6, ((1, 1),) * 6),
+    (((2, 6),), ((0, 5), (1, 1))),
+]
+
+
+@pytest.mark.parametrize("segments", SEGMENTS)
+@pytest.mark.parametrize("vocabulary", [50, 70_000])
+def test_segments_travel_before_the_ids(segments: tuple[tuple[Segment, ...], ...], vocabulary: int) -> None:
+    batch, values = Batch(torch.arange(12).view(2, 6), segments), torch.randn(2, 6, 4)
+    body = wire.encode_batch(batch, vocabulary=vocabulary)
+    assert len(body) == 8 * batch.num_segments + wire.tokens_bytes((2, 6), vocabulary=vocabulary)
+    asked = question(segments=batch.num_segments)
+    found, hidden = wire.read(asked, body + wire.encode_values(values, 32), vocabulary=vocabulary, hidden=4)
+    assert found.segments == segments and torch.equal(found.tokens, batch.tokens)
+    assert hidden is not None and torch.equal(hidden, values)
+    found, nothing = wire.read(
+        question(start=0, segments=batch.num_segments), body, vocabulary=vocabulary, hidden=4
+    )
+    assert found.segments == segments and nothing is None
+
+
+@pytest.mark.parametrize("flat", [
+    [(0, 6)], [(0, 6), (0, 5)], [(0, 6), (0, 7)], [(0, 5), (0, 7)], [(0, 3), (0, 9)], [(7, 6), (0, 6)],
+    [(0, 6), (0, 0), (0, 6)], [(0, 2**32 - 1), (0, 6)], [(0, 12)], [(0, 4), (0, 4), (0, 4)], [(0, 6), (0, 6), (0, 6)],
+    [(0, 6), (0, 6), (0, 0)],
+])
+def test_segments_that_do_not_make_the_rows_are_refused(flat: list[tuple[int, int]]) -> None:
+    data = np.array(flat, dtype="<u4").tobytes()
+    with pytest.raises(BadMessage, match="segments"):
+        wire.decode_segments(data, (2, 6))
+    body = data + wire.encode_tokens(torch.arange(12).view(2, 6), vocabulary=50)
+    with pytest.raises(BadMessage):
+        wire.read(question(start=0, segments=max(2, len(flat))), body, vocabulary=50, hidden=4)
+
+
+def test_fewer_segments_than_announced_are_refused() -> None:
+    body = wire.encode_batch(Batch(torch.arange(12).view(2, 6), SEGMENTS[0]), vocabulary=50)
+    for count in (3, 0, 12):
+        with pytest.raises(BadMessage):
+            wire.read(question(start=0, segments=count), body, vocabulary=50, hidden=4)
+    for length in range(len(body)):
+        with pytest.raises(BadMessage):
+            wire.read(question(start=0, segments=2), body[:length], vocabulary=50, hidden=4)
 
 
 @pytest.mark.parametrize(("start", "extra"), [(0, b"x"), (1, b""), (1, b"x" * 100), (0, b"x" * 192)])

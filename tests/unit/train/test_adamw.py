@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from swarm.config import DataConfig, ModelConfig, RunConfig, TrainConfig
+from swarm.data.batch import Batch
 from swarm.model import working
 from swarm.model.build import build_model
 from swarm.model.fragments import cut
@@ -212,7 +213,7 @@ def train() -> Callable[..., list[float]]:
             inner = InnerOptimizer(model, cut(model, 2), run, optimizer_bits=bits)
             found = []
             for number in range(STEPS):
-                found.append(inner.gradients(text(number)))
+                found.append(inner.gradients(Batch(text(number))))
                 assert inner.step(3e-3)
             losses[bits, halved] = found
         return losses[bits, halved]
@@ -256,7 +257,7 @@ def test_a_sync_run_has_no_inner_optimizer_to_save_on() -> None:
     run = RunConfig(**{**vars(run), "averaging": type(run.averaging)(mode="sync", bits=32)})
     model = build_model(run)
     inner = InnerOptimizer(model, cut(model, 2), run, optimizer_bits=8)
-    inner.gradients(text(0) * 1)
+    inner.gradients(Batch(text(0)))
     large = [p.grad.norm() for p in model.parameters() if p.grad is not None]
     assert inner.clip() and all(optimizer._strided is None for optimizer in inner._optimizers.values())
     assert all(p.grad.norm() <= before for p, before in zip(model.parameters(), large, strict=True))

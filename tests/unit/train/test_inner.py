@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from swarm.config import DataConfig, ModelConfig, RunConfig, TrainConfig
+from swarm.data.batch import Batch
 from swarm.model.build import build_model
 from swarm.model.fragments import cut
 from swarm.train.adamw import RAMP_STEPS
@@ -20,7 +21,8 @@ GPTJ: dict[str, Any] = {
     "model_type": "gptj", "n_layer": 2, "n_embd": 16, "n_head": 2, "rotary_dim": 4, "n_positions": 64,
     "vocab_size": 260, "bos_token_id": 256, "eos_token_id": 256,
 }
-BATCH = torch.randint(0, 256, (8, 12), generator=torch.Generator().manual_seed(0))
+TOKENS = torch.randint(0, 256, (8, 12), generator=torch.Generator().manual_seed(0))
+BATCH = Batch(TOKENS)
 
 
 def run_with(**train: Any) -> RunConfig:
@@ -70,7 +72,7 @@ def test_the_whole_batch_is_what_transformers_says(model: PreTrainedModel) -> No
     loss = inner.gradients(BATCH)
     ours = gradients_of(model)
     model.zero_grad()
-    reference = model(input_ids=BATCH, labels=BATCH).loss
+    reference = model(input_ids=TOKENS, labels=TOKENS).loss
     reference.backward()
     assert loss == pytest.approx(float(reference.detach()), rel=1e-6)
     assert close(ours, gradients_of(model))
@@ -171,7 +173,7 @@ def test_a_step_is_torch_adamw_with_a_ramp(model: PreTrainedModel, original: Pre
         inner.gradients(BATCH)
         inner.step(1e-2)
         adamw.zero_grad()
-        reference(input_ids=BATCH, labels=BATCH).loss.backward()
+        reference(input_ids=TOKENS, labels=TOKENS).loss.backward()
         for group in adamw.param_groups:
             group["lr"] = 1e-2 * min(1.0, step / RAMP_STEPS)
         adamw.step()
