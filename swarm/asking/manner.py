@@ -23,10 +23,13 @@ def manner_of(
     """`objective`: of the last phase, as the run config names it; `vocabulary`: rows of the model's embedding."""
     end: Any = tokenizer.eos_token_id
     kind = objective.partition(":")[0]
-    marks = marks_of(tokenizer, vocabulary) if kind in ("ul2", "ul2r") else Marks(end)
-    num_tokens = min(len(tokenizer), vocabulary, *marks.modes, *marks.sentinels)  # an exported tokenizer names them
+    marks = marks_of(tokenizer, vocabulary)
+    taken, num_tokens = {*marks.modes, *marks.sentinels}, min(len(tokenizer), vocabulary)
+    while num_tokens - 1 in taken:  # some tokenizers name them, exported ones do: they are no text all the same
+        num_tokens -= 1
     return Manner(
-        sequence_length=sequence_length, end=end, num_tokens=num_tokens, prefix=kind != CAUSAL, mark=marks.modes[:1]
+        sequence_length=sequence_length, end=end, num_tokens=num_tokens, prefix=kind != CAUSAL,
+        mark=marks.modes[:1] if kind in ("ul2", "ul2r") else (),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,27 @@ def make_run(folder: Path, **changes: Any) -> tuple[RunConfig, run_source.Held]:
         document[key] = {**old, **value} if isinstance(old, dict) and isinstance(value, dict) else value
     (folder / "run.yaml").write_text(yaml.safe_dump(document))
     return run_source.new_run(str(folder / "run.yaml"))
+
+
+def recipe(folder: Path, *, last: str = "prefix") -> dict[str, Any]:
+    """Sources and phases as GPT-JT has them, tiny: to be given to `make_run`. The tasks: which letter comes first."""
+    folder.mkdir(parents=True, exist_ok=True)
+    pairs = [(one, two) for one in "abcdefgh" for two in "abcdefgh" if one != two]
+    rows = [{"inputs": f"{one} or {two}? ", "targets": min(one, two)} for one, two in pairs]
+    (folder / "p3.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "pile.txt").write_text("".join(f"{number}. {TEXT}\n" for number in range(200)))
+    return {
+        "data": None, "name": "recipe",
+        "sources": {
+            "pile": {"files": [str(folder / "pile.txt")]},
+            "p3": {"format": "p3", "files": [str(folder / "p3.jsonl")], "shots": 1, "held_out_percent": 20.0},
+        },
+        "phases": [
+            {"tokens": 1000, "objective": "ul2r", "mixture": {"pile": 1.0}},
+            {"objective": last, "mixture": {"p3": 0.25, "pile": 0.75}},
+        ],
+        "train": {"sequence_length": 64, "batch_sequences": 4, "total_tokens": 100_000},
+    }
 
 
 def moved(state: GlobalState, *, tokens: int) -> GlobalState:
