@@ -11,26 +11,27 @@ from swarm.asking.states import Weights
 from swarm.config import canonical_json
 from swarm.data.tokenizer import load_tokenizer
 from swarm.model import card
+from swarm.model.build import Model
 from swarm.model.export import MAX_SHARD_BYTES, RUN_FILE, export, with_names
 from swarm.model.fragments import embedding_rows
 
 
 def write(found: Weights, out: Path, *, max_shard_bytes: int | None = None) -> None:
     """Raises ConfigError where `out` holds anything but an earlier export, HomeError where it cannot be written."""
-    run, model = found.run, found.load().model
+    run, model = found.run, found.model()
     tokenizer, vocabulary = load_tokenizer(run), embedding_rows(model)
     export(
         model, _named(found, tokenizer, vocabulary), out, max_shard_bytes=max_shard_bytes or MAX_SHARD_BYTES,
         more_files={
-            RUN_FILE: canonical_json(run), card.FILE: card.card(facts(found, tokenizer, vocabulary)).encode(),
+            RUN_FILE: canonical_json(run), card.FILE: card.card(facts(found, model, tokenizer)).encode(),
         },
     )
 
 
-def facts(found: Weights, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> card.Facts:
-    run, manner = found.run, run_manner(found.run, tokenizer, vocabulary)
+def facts(found: Weights, model: Model, tokenizer: PreTrainedTokenizerBase) -> card.Facts:
+    run, manner = found.run, run_manner(found.run, tokenizer, embedding_rows(model))
     return card.Facts(
-        run, parameters=sum(parameter.numel() for parameter in found.held.model.parameters()), tokens=found.tokens,
+        run, parameters=sum(parameter.numel() for parameter in model.parameters()), tokens=found.tokens,
         phases=[(phase.tokens, phase.objective, phase.mixture) for phase in run.all_phases()],
         heads=[(state.version, state.tokens, state.digest) for state in found.states],
         names=found.names, prefix=manner.prefix, mark=manner.mark,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,9 +12,10 @@ from swarm.averaging.global_state import GlobalState
 from swarm.config import RunConfig, run_from_json
 from swarm.errors import ConfigError, HomeError, StateError
 from swarm.host.home import Home
-from swarm.network.keys import friendly_name
+from swarm.model.build import Model
+from swarm.monitor.journal import FILE_NAME
 from swarm.observer import Observer
-from swarm.train import checkpoint, run_source
+from swarm.train import checkpoint, report, run_source
 from swarm.train.run_source import Held
 
 Say = Callable[[str], None]
@@ -27,6 +30,10 @@ class Weights:
     states: list[GlobalState]
     names: list[str] = field(default_factory=list)
     """of peers that trained and gave a name, as far as known"""
+
+    def model(self) -> Model:
+        """With these weights, as plain transformers has it."""
+        return self.load().model
 
     @property
     def tokens(self) -> int:
@@ -81,10 +88,20 @@ def from_swarm(
 
 def given_names(observer: Observer) -> list[str]:
     """Names of the trainers that are there now, but for those that were made up from a peer's id."""
-    return sorted({
-        seen.status.name for seen in observer.seen()
-        if seen.status.role == "trainer" and seen.status.name != friendly_name(seen.peer_id)
-    })
+    return report.new_names(((seen.peer_id, seen.status) for seen in observer.seen()), [])
+
+
+def journal_names(path: Path) -> list[str]:
+    """Names of those who trained, from what a peer wrote down while it lived (`Contributors`)."""
+    names: set[str] = set()
+    with contextlib.suppress(OSError), path.open(encoding="utf-8", errors="replace") as lines:
+        for line in lines:
+            if '"contributors"' in line:
+                with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
+                    event = json.loads(line)
+                    if event["event"] == "contributors":
+                        names |= {str(name) for name in event["names"]}
+    return sorted(names)
 
 
 def _read_run(path: Path) -> RunConfig:
@@ -118,4 +135,4 @@ def _newest(run: RunConfig, folder: Path, *, only: Path | None, say: Say) -> Wei
             why=f"that peer holds {len(saved.states)} of its {run.fragments} fragments; others hold the rest",
             do="ask the live swarm with --initial-peers",
         )
-    return Weights(run, held, saved.states)
+    return Weights(run, held, saved.states, journal_names(folder.parent / FILE_NAME))

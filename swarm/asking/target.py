@@ -81,7 +81,7 @@ def _live(observer: Observer) -> Target:
 
 def _checkpoint(folder: Path, run_id: str | None, device: torch.device, say: Callable[[str], None]) -> Target:
     found = states.from_folder(folder, run_id=run_id, say=say)
-    run, model = found.run, _on(found.load().model, device)
+    run, model = found.run, _on(found.model(), device)
     tokenizer, vocabulary = load_tokenizer(run), embedding_rows(model)
     return Target(
         f"a checkpoint of {run.run_id} after {found.tokens:,} tokens", AtHand(model), tokenizer, vocabulary,

@@ -9,6 +9,8 @@ import torch
 
 from swarm.asking.states import Weights, from_folder, from_home
 from swarm.errors import ConfigError, HomeError, StateError
+from swarm.events import Contributors, Warning
+from swarm.monitor.journal import Journal
 from tests.unit.asking.support import make_home, make_weights, moved
 
 
@@ -84,6 +86,19 @@ def test_without_a_checkpoint(found: Weights, tmp_path: Path) -> None:
     (run_folder / "checkpoints" / "000001").rmdir()
     with pytest.raises(StateError, match="no checkpoint"):
         from_folder(tmp_path, say=print)
+
+
+def test_whoever_gave_a_name_is_remembered_by_the_journal(found: Weights, tmp_path: Path) -> None:
+    run_folder = make_home(tmp_path, found)
+    assert from_folder(tmp_path, say=print).names == [], "there is no journal"
+    journal = Journal(run_folder, warn=print)
+    for event in (Contributors(["Grace"]), Warning('"contributors" of old'), Contributors(["Ada", "Grace"])):
+        journal(event)
+    journal.close()
+    with journal.path.open("a") as file:
+        file.write('{"event": "contributors"}\n{"event": "contributors", "names": 3}\nhalf "contributors" a li')
+    assert from_folder(tmp_path, say=print).names == ["Ada", "Grace"]
+    assert from_folder(run_folder / "checkpoints" / "000001", say=print).names == ["Ada", "Grace"]
 
 
 def test_places_that_hold_no_run(tmp_path: Path) -> None:
