@@ -34,7 +34,7 @@ MAX_FRAGMENTS = 256
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Which model: exactly one of `config` and `source`."""
+    """Which model: `config`, or `source`, or both: then the weights of `source`, whose config need not be fetched."""
 
     config: dict[str, Any] | None = None
     """Hugging Face config as in config.json, `model_type` included; weights are drawn from the run's seed"""
@@ -277,7 +277,7 @@ def _check_run(run: RunConfig) -> None:
     model, data, train, averaging = run.model, run.data, run.train, run.averaging
     name_fits = re.fullmatch(r"[a-z0-9][a-z0-9-]{0,39}", run.name) is not None
     need(name_fits, "name must be 1-40 of a-z, 0-9 and -", f"got {shown(run.name)}")
-    need((model.config is None) != (model.source is None), "model needs exactly one of config and source")
+    need(model.config is not None or model.source is not None, "model needs config, source, or both")
     need(model.config is None or isinstance(model.config.get("model_type"), str), "model.config needs a model_type")
     try:
         need(has_text_keys(model.config), "every key in model.config must be text")

@@ -38,7 +38,8 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class SourceConfig:
-    """One of the texts or sets of tasks that a run mixes: exactly one of `stdlib`, `files` and `hub`."""
+    """One of the texts or sets of tasks that a run mixes: exactly one of `stdlib`, `files` and `hub`; of a data set on
+    the hub `files` may say which."""
 
     format: str = "text"
     """text (one field a document) | p3 (inputs, targets) | natural-instructions (the folder of the repository, or
@@ -46,7 +47,8 @@ class SourceConfig:
     stdlib: bool = False
     """the running Python's own standard library and its documentation; only as text"""
     files: list[str] = field(default_factory=list)
-    """txt, jsonl, jsonl.zst, json or parquet files, or glob patterns; for natural-instructions its folder, too"""
+    """txt, jsonl, jsonl.zst, json or parquet files, or glob patterns; for natural-instructions its folder, too.
+    With `hub`: files or patterns in the data set"""
     hub: str | None = None
     """a data set on the Hugging Face hub"""
     revision: str | None = None
@@ -55,7 +57,7 @@ class SourceConfig:
     text_field: str = "text"
     """of format text"""
     streaming: bool = False
-    """read as it is needed and never kept: for what is larger than memory, or than the disk"""
+    """read as it is needed and never kept: for what is larger than memory"""
     shots: int = 4
     """of tasks: at most so many solved examples stand before the one that is asked"""
     held_out_percent: float = 1.0
@@ -76,7 +78,8 @@ class PhaseConfig:
 
 def check_data(data: DataConfig) -> None:
     """Raises ConfigError that names the key."""
-    _check_place(data, "data")
+    given = data.stdlib + bool(data.files) + (data.hub is not None)
+    _need(given == 1, "data needs exactly one of stdlib, files and hub")
     _need(0 < data.held_out_percent <= 50, "data.held_out_percent must be over 0 and at most 50")
 
 
@@ -85,7 +88,8 @@ def check_sources(sources: dict[str, SourceConfig]) -> None:
         at = f"sources.{name}"
         fits = re.fullmatch(r"[a-z0-9][a-z0-9-]{0,39}", name) is not None
         _need(fits, "a name in sources must be 1-40 of a-z, 0-9 and -", f"got {name[:60]!r}")
-        _check_place(source, at)
+        _need(not (source.stdlib and (source.files or source.hub)), f"{at}.stdlib excludes files and hub")
+        _need(source.stdlib or bool(source.files) or source.hub is not None, f"{at} needs stdlib, files or hub")
         why = f"got {source.format[:60]!r}"
         _need(source.format in FORMATS, f"{at}.format must be {', '.join(FORMATS[:-1])} or {FORMATS[-1]}", why)
         _need(not source.stdlib or source.format == "text", f"{at}.stdlib is text: its format cannot be another")
@@ -120,11 +124,6 @@ def check_phases(phases: list[PhaseConfig], sources: dict[str, SourceConfig], *,
         _need(sum(counts) == total_tokens, what, f"{sum(counts)} and {total_tokens}: leave the last phase's out")
     unused = [name for name in sources if phases and not any(name in (p.mixture or sources) for p in phases)]
     _need(not unused, f"sources.{', sources.'.join(unused)}: no phase mixes it", "leave it out, or give it a share")
-
-
-def _check_place(place: DataConfig | SourceConfig, at: str) -> None:
-    given = place.stdlib + bool(place.files) + (place.hub is not None)
-    _need(given == 1, f"{at} needs exactly one of stdlib, files and hub")
 
 
 def _need(ok: bool, what: str, why: str = "") -> None:

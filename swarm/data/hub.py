@@ -22,12 +22,12 @@ REPLACED = {
     "the_pile": PILE,
     "eleutherai/the_pile": PILE,
     "eleutherai/pile": PILE,
-    "bigscience/p3": f"revision: {PARQUET} and one subset a source; or hub: Muennighoff/P3 with split: validation",
+    "bigscience/p3": f"revision: {PARQUET}, with files: ['*/train/*.parquet'] for all of its tasks, or one subset",
     "muennighoff/p3": "its split train is one zip of 16.5 GB, which cannot be streamed: unpack it and name `files`",
     "muennighoff/natural-instructions": f"it loads as it is; or revision: {PARQUET}",
     "allenai/natural-instructions": "it is a repository of GitHub: clone it and name its folder in `files`",
     "kaist-ai/cot-collection": f"revision: {PARQUET}",
-    "open-orca/flan": "its chains of thought: files under cot_fsopt_data and cot_zsopt_data, format: cot",
+    "open-orca/flan": "its chains of thought: files: [cot_fsopt_data/*, cot_zsopt_data/*], format: cot",
     "ought/raft": f"revision: {PARQUET} and a subset",
 }
 """hub id in lower case -> what to write in the run file"""
@@ -43,7 +43,7 @@ def open_rows(source: SourceConfig, cache: Path | None) -> list[Iterator[dict[st
     try:
         found = load_dataset(
             hub, source.subset, split=source.split, revision=source.revision, streaming=source.streaming,
-            cache_dir=None if cache is None else str(cache),
+            data_files=source.files or None, cache_dir=None if cache is None else str(cache),
         )
     except (DatasetNotFoundError, ValueError, RuntimeError, NotImplementedError) as error:
         raise _refused(source, error) from None
@@ -57,6 +57,11 @@ def open_rows(source: SourceConfig, cache: Path | None) -> list[Iterator[dict[st
 
 
 def _refused(source: SourceConfig, error: Exception) -> ConfigError:
+    if "zstd not supported" in str(error):
+        return ConfigError(
+            f"the data set {source.hub!r} is packed with zstandard", why="`datasets` needs a package to unpack it",
+            do="pip install zstandard",
+        )
     advice = REPLACED.get(str(source.hub).lower())
     general = "check hub, subset, split and revision; for data sets with a loading script try revision: " + PARQUET
     return ConfigError(

@@ -24,7 +24,6 @@ from swarm.data.shards import Shard
 from swarm.data.sources import is_held_out
 from swarm.data.templates import Pack, packs
 
-OPEN_SHARDS = 4
 FIRST_ROWS = 4_096
 """a streamed shard is begun before this row: peers that begin with the same one read different parts of it"""
 
@@ -53,6 +52,11 @@ class Layout:
     """of a pack: about a row"""
     shots: int
     held_out_percent: float
+    open_shards: int = 4
+    """streamed: so many at a time, in turns, a row of each"""
+    window_rows: int = 2**62
+    """streamed: of each shard a pass reads so many rows, where there are more shards than are open: those of task sets
+    are tasks, and another pass, which begins at another row, is better than a long time with the same few"""
 
 
 def dice_of(key: str, *place: object) -> np.random.RandomState:
@@ -96,7 +100,8 @@ class Streamed:
         self._at = None  # until the block is whole
         samples: list[Sample] = []
         row, chars = mark.row, 0
-        while self._open and chars < layout.block_chars:
+        end = layout.window_rows if len(self._shards) > layout.open_shards else mark.row + 2**62
+        while self._open and chars < layout.block_chars and row < end:
             row += 1
             for shard in list(self._open):
                 sample = next(shard, None)
@@ -105,11 +110,11 @@ class Streamed:
                 elif sample.text and not is_held_out(sample.name, held_out_percent=layout.held_out_percent):
                     samples.append(sample)
                     chars += len(sample.prompt) + len(sample.text)
-        if self._open:
+        if self._open and row < end:
             after = Mark(mark.number, mark.shard, row)
             self._at = after
-        elif mark.shard + OPEN_SHARDS < len(self._shards):
-            after = Mark(mark.number, mark.shard + OPEN_SHARDS)
+        elif mark.shard + layout.open_shards < len(self._shards):
+            after = Mark(mark.number, mark.shard + layout.open_shards)
         else:
             after = Mark(mark.number + 1)
         dice = dice_of(self._key, *mark)
@@ -118,7 +123,7 @@ class Streamed:
     def _opened(self, mark: Mark) -> list[Iterator[Sample]]:
         dice = dice_of(self._key, mark.number)
         order, starts = dice.permutation(len(self._shards)), dice.randint(FIRST_ROWS, size=len(self._shards))
-        chosen = order[mark.shard : mark.shard + OPEN_SHARDS]
+        chosen = order[mark.shard : mark.shard + self._layout.open_shards]
         opened = [_rotated(self._shards[index], int(starts[index])) for index in chosen]
         for shard in opened:
             next(islice(shard, mark.row, mark.row), None)  # passes by what was read before

@@ -6,6 +6,7 @@ have been taken: nothing of what is shuffled or half packed needs to be kept.
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,6 +29,8 @@ from swarm.errors import ConfigError
 
 BLOCK_TOKENS = 2**18
 """of a block, about: less than a second's work, and enough text in random order that a batch is of many documents"""
+OPEN_TASKS, TASK_ROWS = 16, 512
+"""of a streamed set of tasks: files at a time, and rows of each in a pass"""
 CHARS_A_TOKEN = 3
 """of other tokenizers than "bytes", at least"""
 
@@ -112,10 +115,13 @@ class Supply:
 
 def layout_of(run: RunConfig, source: SourceConfig, tokenizer: PreTrainedTokenizerBase) -> Layout:
     chars = 1 if is_byte_tokenizer(tokenizer) else CHARS_A_TOKEN
-    return Layout(
+    layout = Layout(
         block_chars=BLOCK_TOKENS * chars, room_chars=run.train.sequence_length * chars, shots=source.shots,
         held_out_percent=source.held_out_percent,
     )
+    if source.format == "text":
+        return layout
+    return dataclasses.replace(layout, open_shards=OPEN_TASKS, window_rows=TASK_ROWS)
 
 
 def pack_rows(

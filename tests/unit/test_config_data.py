@@ -109,8 +109,8 @@ def test_each_token_is_in_the_phase_that_holds_it(lengths, tokens):
 
 REFUSED = [
     ({"sources__p3__format": "p4"}, ["sources.p3.format", "natural-instructions", "'p4'"]),
-    ({"sources__p3__files": ["x"]}, ["sources.p3 needs exactly one of stdlib, files and hub"]),
-    ({"sources__p3__hub": None}, ["sources.p3 needs exactly one"]),
+    ({"sources__pile__stdlib": True}, ["sources.pile.stdlib excludes files and hub"]),
+    ({"sources__p3__hub": None}, ["sources.p3 needs stdlib, files or hub"]),
     ({"sources__p3__shots": -1}, ["sources.p3.shots"]),
     ({"sources__p3__shots": 65}, ["sources.p3.shots must be 0 to 64"]),
     ({"sources__p3__shots": "two"}, ["sources.p3.shots must be int", "'two'"]),

@@ -103,6 +103,20 @@ def test_a_data_set_is_one_part_or_streamed_by_its_files(local_hub: str, tmp_pat
     assert next(iter(streamed)) == f"{local_hub}/train/0"
 
 
+def test_all_tasks_of_p3_s_parquet_revision_are_one_source(tmp_path: Path) -> None:
+    """Its folders are task/split/0000.parquet; which of them is said by a pattern."""
+    for task in ("ag_news", "imdb"):
+        for split in ("train", "test"):
+            (tmp_path / "P3" / task / split).mkdir(parents=True)
+            row = {"inputs": [1], "targets": [2]}
+            row |= {"inputs_pretokenized": f"{task} {split}?", "targets_pretokenized": "yes"}
+            datasets.Dataset.from_list([row]).to_parquet(tmp_path / "P3" / task / split / "0000.parquet")
+    source = SourceConfig(format="p3", hub=str(tmp_path / "P3"), files=["*/train/*.parquet"], streaming=True)
+    found = samples_of(source)
+    assert [sample.prompt for part in found.values() for sample in part] == ["ag_news train?", "imdb train?"]
+    assert len(found) == 2, "a part is a task"
+
+
 def test_lines_are_streamed_too(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "set" / "train" / "00.jsonl", [{"text": f"row {i}", "meta": None} for i in range(5)])
     source = SourceConfig(hub=str(tmp_path / "set"), streaming=True)
@@ -139,6 +153,12 @@ def test_a_data_set_with_a_script_is_refused_with_what_to_write(tmp_path: Path) 
 def test_each_data_set_of_the_recipe_has_its_advice(name: str) -> None:
     refused = hub._refused(SourceConfig(hub=name.upper()), ValueError("Dataset scripts are no longer supported"))
     assert hub.REPLACED[name] in refused.do and "no longer supported" in refused.why
+
+
+def test_a_package_that_is_missing_is_named() -> None:
+    error = ValueError("Compression type zstd not supported")
+    refused = hub._refused(SourceConfig(hub="monology/pile-uncopyrighted"), error)
+    assert "pip install zstandard" in refused.do
 
 
 def test_a_hub_out_of_reach_can_be_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

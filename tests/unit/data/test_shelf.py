@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 
 import pytest
@@ -104,6 +105,21 @@ def test_a_stream_reads_no_more_than_the_block_needs(monkeypatch: pytest.MonkeyP
         _, mark = one.read(mark)
     assert max(counted.opened) == 1 and counted.opened.count(0) == 2, "four at a time, each opened once"
     assert sum(counted.read) < 80
+
+
+def test_of_many_tasks_a_pass_reads_a_window_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shelf, "FIRST_ROWS", 90)
+    layout = dataclasses.replace(LAYOUT, open_shards=2, window_rows=30)
+    one = Streamed(Counted(100, 20, 100, 100, 100).shards, key="k", layout=layout)
+    found = [blocks_of_pass(one, number) for number in range(2)]
+    for blocks in found:
+        of_shards = [name.split("#")[0] for name in names(blocks)]
+        assert {name: of_shards.count(name) > 15 for name in of_shards} == {f"s{n}": True for n in range(5)}
+        assert max(map(of_shards.count, of_shards)) <= 30 and len(set(names(blocks))) == len(of_shards)
+        assert {mark.shard for mark, _ in blocks} == {0, 2, 4}
+    assert len(set(names(found[0])) & set(names(found[1]))) < 80, "another pass, another window"
+    few = blocks_of_pass(Streamed(Counted(100, 100).shards, key="k", layout=layout))
+    assert len(names(few)) > 160, "what is open at once is read whole"
 
 
 def test_what_breaks_off_is_read_again_from_its_mark() -> None:

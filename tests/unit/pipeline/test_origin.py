@@ -8,7 +8,7 @@ import pytest
 
 from swarm.data.batch import Batch
 from swarm.pipeline import origin as origins
-from swarm.pipeline.origin import Credit
+from swarm.pipeline.origin import Credit, Origin
 from tests.unit.averaging.simulation import play
 from tests.unit.pipeline.chains import Peer, World, finish, largest_error, sums
 from tests.unit.pipeline.toy import in_one_process, microbatches
@@ -42,6 +42,27 @@ def test_one_odd_answer_changes_nothing() -> None:
     for crowded in (0.0, 0.0, 50.0, 0.0):
         credit.learn(crowded)
     assert credit.now == 8
+
+
+def test_text_may_come_later() -> None:
+    texts = microbatches(6, seed=4)
+    wanted, _ = in_one_process(2, texts)
+
+    async def story() -> None:
+        world = World(2, seed=1)
+        peer, left = Peer(world, "a", 0, 1), list(texts)
+        Peer(world, "b", 1, 2)
+
+        async def draw() -> Batch:
+            await asyncio.sleep(3.0)
+            return Batch(left.pop(0))
+
+        made = Origin("a", peer.chain, peer, draw=draw, first_number=0, largest_credit=2)
+        await made.run(until=lambda: not left)
+        assert largest_error(sums(world), wanted) < 1e-5
+        await made.run(until=lambda: True)  # nothing is under way: it ends at once
+
+    play(story())
 
 
 def test_several_origins_share_the_same_peers() -> None:
