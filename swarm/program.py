@@ -38,4 +38,5 @@ def start(main: Callable[[Sequence[str]], int]) -> None:
         with contextlib.suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl+C would only add a traceback to the end
     sys.exit(code)
