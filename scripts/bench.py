@@ -8,11 +8,9 @@
     scripts/bench.py join       seconds until a newcomer's tokens count
     scripts/bench.py memory     a model that fits on no peer: each one's peak of memory against its plan
     scripts/bench.py churn      speed and tokens that are kept while peers die, freeze and lose each other
-from benches import churn, join, loss, memory, pipeline, placement, traffic, wan
-from benches import round as rounds
-from entry import guarded, start
-
-BENCHES = {bench.NAME: bench for bench in (loss, wan, traffic, rounds, join, churn, placement, pipeline, memory)}
+    scripts/bench.py placement  efficiency of rules by which peers choose fragments (simulated)
+    scripts/bench.py pipeline   a model in stages: speed, churn, loss
+    scripts/bench.py objectives   tokens a second of causal, prefix-LM, UL2 and UL2R examples, with packing
 """
 
 from __future__ import annotations
@@ -29,11 +27,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from benches import churn, join, loss, memory, pipeline, placement, traffic, wan
+from benches import churn, join, loss, memory, objectives, pipeline, placement, traffic, wan
 from benches import round as rounds
 from entry import guarded, start
 
-BENCHES = {bench.NAME: bench for bench in (loss, wan, traffic, rounds, join, churn, placement, pipeline, memory)}
+BENCHES = {
+    bench.NAME: bench
+    for bench in (loss, wan, traffic, rounds, join, churn, placement, pipeline, memory, objectives)
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

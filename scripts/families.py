@@ -5,8 +5,8 @@
     scripts/families.py NAME ...   tries some, and says why one does not work
 
 A family works if three chained stages give the logits and gradients of the whole model to the last bit, and so does one
-stage that is entered and left at the same blocks. With a prefix:
-also under a 4D mask that lets the first tokens see each other.
+stage that is entered and left at the same blocks. With a prefix: also under a 4D mask that lets the first tokens see
+each other. Packed: with masks and positions of segments, each is computed as it would be alone.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ DOCUMENT = ROOT / "swarm" / "model" / "FAMILIES.md"
 BLOCKS = 4
 EDGES = (0, 1, 3, 4)
 LENGTH, BATCH, PREFIX = 9, 2, 4
+PACKED = (((0, 4), (2, 5)), ((3, 6), (1, 3)))
 MAX_PARAMETERS = 20_000_000
 SIZES: dict[str, Any] = {
     **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers"), BLOCKS),
@@ -141,6 +142,26 @@ def chain(steps: list[tuple[Any, tuple[int, int]]], ids: Any, mask: Any = None) 
     return values
 
 
+def check_packed(name: str) -> None:
+    """Raises AssertionError, or whatever else goes wrong, unless segments of a row are computed as each alone."""
+    import torch
+
+    from swarm.model.prefix import model_inputs
+
+    model = make(name)
+    ids = torch.randint(3, SIZES["vocab_size"], (len(PACKED), LENGTH), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        packed = model(input_ids=ids, **model_inputs(model, PACKED), use_cache=False).logits
+        for number, row in enumerate(PACKED):
+            first = 0
+            for prefix, length in row:
+                part = ids[number : number + 1, first : first + length]
+                alone = model(input_ids=part, **model_inputs(model, (((prefix, length),),)), use_cache=False).logits[0]
+                off = float((packed[number, first : first + length] - alone).abs().max() / alone.abs().max())
+                assert off < 1e-5, f"a segment is off by {off:.2g}"
+                first += length
+
+
 def prefix_mask(prefix: int) -> Any:
     """Additive, fp32 [batch, 1, length, length]: the first `prefix` tokens see each other, the rest is causal."""
     import torch
@@ -156,17 +177,21 @@ def loss_of(logits: Any, ids: Any) -> Any:
     return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
 
 
-def verdict(name: str) -> tuple[bool, bool, str]:
-    """(works, works with a prefix, why not)"""
+def verdict(name: str) -> tuple[bool, bool, bool, str]:
+    """(works, works with a prefix, works packed, why not)"""
     try:
         compare(name, EDGES)
     except Exception as error:  # whatever kind: it does not work
-        return False, False, f"{type(error).__name__}: {error}"
+        return False, False, False, f"{type(error).__name__}: {error}"
     try:
         compare(name, EDGES, prefix=PREFIX)
     except Exception as error:
-        return True, False, f"with a prefix: {type(error).__name__}: {error}"
-    return True, True, ""
+        return True, False, False, f"with a prefix: {type(error).__name__}: {error}"
+    try:
+        check_packed(name)
+    except Exception as error:
+        return True, True, False, f"packed: {type(error).__name__}: {error}"
+    return True, True, True, ""
 
 
 def main() -> int:
@@ -179,8 +204,11 @@ def main() -> int:
     logging.set_verbosity_error()
     found = {}
     for name in wanted or names():
-        found[name] = works, prefix, why = verdict(name)
-        said = "works" if prefix else "works, not with a prefix" if works else "does not work"
+        found[name] = works, prefix, packed, why = verdict(name)
+        said = (
+            "works" if packed else "works, not packed" if prefix else "works, not with a prefix" if works
+            else "does not work"
+        )
         print(f"{name}: {said}" + (f" ({' '.join(why.split())[:160]})" if why else ""), flush=True)
     if not wanted:
         DOCUMENT.write_text(document(found), encoding="utf-8")
@@ -188,18 +216,21 @@ def main() -> int:
     return 0
 
 
-def document(found: dict[str, tuple[bool, bool, str]]) -> str:
+def document(found: dict[str, tuple[bool, bool, bool, str]]) -> str:
     import transformers
 
-    full = [name for name, (_, prefix, _) in found.items() if prefix]
-    causal = [name for name, (works, prefix, _) in found.items() if works and not prefix]
-    none = [name for name, (works, _, _) in found.items() if not works]
+    full = [name for name, (_, prefix, _, _) in found.items() if prefix]
+    packed = [name for name, (_, _, packed, _) in found.items() if packed]
+    causal = [name for name, (works, prefix, _, _) in found.items() if works and not prefix]
+    none = [name for name, (works, _, _, _) in found.items() if not works]
     return f"""# Families that can be cut into stages
 
 Made by `scripts/families.py` with transformers {transformers.__version__}: three chained stages of a tiny model against
 the whole one, logits and gradients equal to the last bit. Of {len(found)} families {len(full) + len(causal)} work.
 
 **Causal and with a bidirectional prefix ({len(full)}):** {", ".join(full)}
+
+**Packed, each segment as it would be alone ({len(packed)}):** {", ".join(packed)}
 
 **Causal only ({len(causal)}):** {", ".join(causal)}
 

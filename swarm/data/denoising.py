@@ -12,6 +12,8 @@ longer than a row is cut into windows, each with a denoiser of its own: as long 
 
 from __future__ import annotations
 
+import itertools
+from bisect import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -55,6 +57,8 @@ class Denoising:
         self._sentinels = np.array(marks.sentinels, dtype=np.int32)
         self.windows = [window(one, length, len(marks.sentinels)) for one in denoisers]
         """tokens of a text in the longest example of each denoiser"""
+        self._least = min(self.windows)
+        self._shares = list(itertools.accumulate(one.share for one in denoisers))
 
     def examples(self, text: Ids, dice: np.random.RandomState, *, prompt: int = 0) -> list[Example]:
         found = []
@@ -77,13 +81,11 @@ class Denoising:
 
     def _choose(self, left: int, dice: np.random.RandomState) -> int:
         """Whose turn it is, with so many tokens left: who takes more at once has its turn less often."""
-        odds = [one.share / min(size, left) for one, size in zip(self._denoisers, self.windows, strict=True)]
-        point = dice.random_sample() * sum(odds)
-        for index, part in enumerate(odds):
-            point -= part
-            if point < 0:
-                return index
-        return len(odds) - 1
+        odds = self._shares  # where all take all of it
+        if left > self._least:
+            each = zip(self._denoisers, self.windows, strict=True)
+            odds = list(itertools.accumulate(one.share / min(size, left) for one, size in each))
+        return min(bisect(odds, dice.random_sample() * odds[-1]), len(odds) - 1)
 
     def _split(self, one: Denoiser, part: Ids, given: int, *, ends: bool) -> Example:
         tokens = np.empty(1 + len(part) + ends, dtype=np.int32)
@@ -125,7 +127,7 @@ def spans(num_tokens: int, one: Denoiser, dice: np.random.RandomState, *, most: 
     lengths = _cut(hidden, count, dice)
     gaps = _cut(num_tokens - hidden + 2, count + 1, dice)
     gaps[0] -= 1  # the first and the last gap may be nothing
-    return np.cumsum(gaps[:-1]) + np.cumsum(lengths) - lengths, lengths
+    return gaps[:-1].cumsum() + lengths.cumsum() - lengths, lengths
 
 
 def hide(text: Ids, starts: Ids, lengths: Ids, sentinels: Ids) -> tuple[Ids, Ids]:
@@ -134,16 +136,17 @@ def hide(text: Ids, starts: Ids, lengths: Ids, sentinels: Ids) -> tuple[Ids, Ids
     edges = np.zeros(len(text) + 1, dtype=np.int8)
     edges[starts] = 1
     edges[starts + lengths] = -1
-    hidden = np.cumsum(edges[:-1], dtype=np.int8).view(np.bool_)
+    hidden = edges[:-1].cumsum(dtype=np.int8).view(np.bool_)
     given = np.array(text, dtype=np.int32)
     given[starts] = sentinels[:count]
     shown = ~hidden
     shown[starts] = True
-    learnt = np.empty(int(lengths.sum()) + count, dtype=np.int32)
-    before = np.cumsum(lengths) - lengths + np.arange(count)
+    taken = text[hidden]
+    learnt = np.empty(len(taken) + count, dtype=np.int32)
+    before = lengths.cumsum() - lengths + np.arange(count)
     is_span = np.ones(len(learnt), dtype=np.bool_)
     is_span[before] = False
-    learnt[before], learnt[is_span] = sentinels[:count], text[hidden]
+    learnt[before], learnt[is_span] = sentinels[:count], taken
     return given[shown], learnt
 
 

@@ -49,7 +49,8 @@ def read_file(name: str, path: Path, *, text_field: str) -> Iterator[Document]:
             for where, number, row in rows.read_rows(path, pick):
                 yield f"{name}#{number}", clean_text(row[text_field], where, text_field)
     except OSError as error:
-        raise ConfigError(f"cannot read {path}", why=str(error.strerror or error), do="check data.files") from None
+        why = str(error.strerror or error)
+        raise ConfigError(f"cannot read {path}", why=why, do="check `files` in the run config") from None
     except UnicodeDecodeError as error:
         raise ConfigError(
             f"{path} is not UTF-8 text",
@@ -67,7 +68,7 @@ def find_files(patterns: list[str], *, endings: Sequence[str] = ENDINGS) -> list
         matches = [Path(full)] if plain else [Path(m) for m in glob.glob(full, recursive=True) if os.path.isfile(m)]
         if not matches:
             raise ConfigError(
-                f"no file matches {pattern!r}", why=f"looked for {full}", do="check data.files in the run config"
+                f"no file matches {pattern!r}", why=f"looked for {full}", do="check `files` in the run config"
             )
         base = Path(full).parent if plain else _fixed_part(full)
         for path in matches:
@@ -75,7 +76,7 @@ def find_files(patterns: list[str], *, endings: Sequence[str] = ENDINGS) -> list
                 raise ConfigError(
                     f"{path} has an extension we cannot read",
                     why=f"got {rows.ending(path) or 'none'}, known are {', '.join(endings)}",
-                    do="narrow the pattern in data.files, or rename the file",
+                    do="narrow the pattern in `files`, or rename the file",
                 )
             found.setdefault(path.resolve(), path.relative_to(base).as_posix())
     return sorted((name, path) for path, name in found.items())
@@ -91,7 +92,7 @@ def _fixed_part(pattern: str) -> Path:
 
 def missing_field(where: str, text_field: str, fields: str) -> ConfigError:
     return ConfigError(
-        f"{where}: no field {text_field!r}", why=f"the fields are: {fields}", do="set data.text_field to one of them"
+        f"{where}: no field {text_field!r}", why=f"the fields are: {fields}", do="set text_field to one of them"
     )
 
 
@@ -105,5 +106,5 @@ def clean_text(value: object, where: str, text_field: str) -> str:
     raise ConfigError(
         f"{where}: {text_field!r} is not text",
         why=f"it is a {type(value).__name__}",
-        do="set data.text_field to a field of strings",
+        do="set text_field to a field of strings",
     )

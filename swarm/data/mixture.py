@@ -245,13 +245,13 @@ def open_mixture(
 
     `vocabulary`: rows of the model's embedding; `reader`: the peer's name, so that others draw other data; `cache`:
     folder for what the hub's data sets leave behind.
-    Raises ConfigError: files that are not there, an objective that the vocabulary has no room for.
+    Raises ConfigError: files that are not there, other columns, an objective that the vocabulary has no room for.
     """
     phases, marks = run.all_phases(), Marks.of(tokenizer, vocabulary)
     stocks = {name: Stock(name, source, cache=cache) for name, source in run.named_sources().items()}
     for stock in stocks.values():
         if stock.source.hub is None:
-            stock.shards()  # files that a later phase needs are better missed now
+            stock.look()  # what is wrong with a later phase is better known now
     supplies = {
         (number, name): Supply(
             stocks[name], phase.objective, run, tokenizer, marks, key=f"{run.seed}/{reader}/{name}/{number}"

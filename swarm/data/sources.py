@@ -114,7 +114,7 @@ def _hub(data: DataConfig, cache: Path | None) -> list[Document]:
         raise ConfigError(
             f"data set {source}: {data.text_field!r} is not text",
             why=f"it is {dataset.features[data.text_field]}",
-            do="set data.text_field to a field of strings",
+            do="set text_field to a field of strings",
         )
     prefix = "/".join(part for part in (source, data.subset, data.split) if part)
     return [(f"{prefix}#{row}", text or "") for row, text in enumerate(texts)]

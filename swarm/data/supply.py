@@ -50,6 +50,11 @@ class Stock:
         with self._lock:
             return self._found()
 
+    def look(self) -> None:
+        """Whether it is as the run says, by the first sample. Raises as `shards`, and ConfigError for other columns."""
+        for shard in self.shards()[:1]:
+            next(shard.samples(), None)
+
     def sides(self) -> tuple[list[Sample], list[Sample]]:
         """(train, held out) of a source that is kept. Raises as `shards`, and ConfigError where a side is missing."""
         with self._lock:

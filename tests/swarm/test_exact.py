@@ -10,10 +10,12 @@ import torch
 
 from swarm.averaging.outer import learning_rate
 from swarm.config import RunConfig
+from swarm.data.batch import Batch
 from swarm.data.sources import documents
 from swarm.data.stream import PackedStream, tokenise
 from swarm.data.tokenizer import load_tokenizer
 from swarm.model.build import build_model
+from swarm.model.prefix import model_inputs, targets_of
 from tests.swarm.support import GPTJ, peers_in_process, wait_until, write_run
 
 STEPS = 12
@@ -23,7 +25,8 @@ Together = tuple[dict[str, list[float]], RunConfig, list[list[tuple[int, str]]]]
 
 
 def one_process(run: RunConfig, readers: list[str]) -> dict[str, list[float]]:
-    """Plain torch: one model, one AdamW, the mean gradient over all readers' batches."""
+    """Plain torch: one model, one AdamW, the gradient over all targets of all readers' batches, as a share of those
+    that plain rows have."""
     model = build_model(run)
     train, _ = documents(run.data)
     tokens = tokenise(train, load_tokenizer(run))
@@ -44,9 +47,11 @@ def one_process(run: RunConfig, readers: list[str]) -> dict[str, list[float]]:
             group["lr"] = learning_rate(run, step * BATCH_TOKENS * len(readers))
         optimizer.zero_grad()
         for reader, stream in streams.items():
-            batch = stream.next_batch(run.train.batch_sequences).tokens
-            loss = model(input_ids=batch, labels=batch).loss
-            (loss / len(readers)).backward()
+            batch = stream.next_batch(run.train.batch_sequences)
+            labels = targets_of(batch.tokens, batch.segments)
+            loss = model(input_ids=batch.tokens, labels=labels, **model_inputs(model, batch.segments)).loss
+            plain = Batch(batch.tokens).num_targets
+            (loss * batch.num_targets / plain / len(readers)).backward()
             losses[reader].append(float(loss.detach()))
         optimizer.step()
     return losses
@@ -114,13 +119,27 @@ def test_a_sync_swarm_equals_one_process(tmp_path: Path) -> None:
     assert max(last) < min(first) - 0.1, "the weights really changed"
 
 
+next_plain = PackedStream.next_batch
+
+
+def in_segments(stream: PackedStream, num_sequences: int) -> Batch:
+    """Rows of the stream, each cut in one of five ways, by its first byte."""
+    tokens = next_plain(stream, num_sequences).tokens
+    ways = [((0, 32),), ((20, 32),), ((0, 10), (7, 12), (10, 10)), ((31, 32),), ((1, 5), (2, 27))]
+    return Batch(tokens, tuple(ways[int(first) % 5] for first in tokens[:, 0]))
+
+
 STAGES = [["0:1", "1:2", "2:3", "3:4"], ["0:1", "0:2", "1:4", "2:4"], ["0:2", "auto"]]
 
 
 @pytest.mark.parametrize("stages", STAGES, ids=" ".join)
-def test_a_model_in_stages_equals_one_process(tmp_path: Path, stages: list[str]) -> None:
+def test_a_model_in_stages_equals_one_process(
+    tmp_path: Path, stages: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Four stages, stages that overlap, several peers that draw text; all other cuts are in
-    tests/unit/pipeline/test_real_stages.py."""
+    tests/unit/pipeline/test_real_stages.py. The second and third with packed rows, prefixes and padding."""
+    if stages != STAGES[0]:
+        monkeypatch.setattr(PackedStream, "next_batch", in_segments)
     run_file = sync_run(tmp_path, stages, fragments=4, model={"config": {**GPTJ, "n_layer": 4}})
     losses, run, _ = train_together(tmp_path, run_file, stages)
     as_one_process(losses, run)

@@ -338,11 +338,11 @@ def opened(run, reader, tokens=0, state=None):
 @pytest.mark.parametrize("tokens", [0, 500])
 def test_from_files_the_cursor_is_all_there_is(tokens, run):
     one, same, other = (opened(run, reader, tokens) for reader in ("anna", "anna", "bert"))
-    first = [one.next_batch(5) for _ in range(60)]
+    first = [one.next_batch(5) for _ in range(25)]
     assert all(a.tokens.equal(same.next_batch(5).tokens) for a in first)
     assert sum(a.tokens.equal(other.next_batch(5).tokens) for a in first) == 0, "another peer, the same data"
     again = opened(run, "anna", tokens, json.loads(json.dumps(one.state())))
-    for _ in range(40):
+    for _ in range(20):
         a, b = one.next_batch(5), again.next_batch(5)
         assert a.tokens.equal(b.tokens) and a.segments == b.segments
     assert len(json.dumps(one.state())) < 1000
@@ -369,8 +369,18 @@ def test_files_of_a_later_phase_are_missed_at_once(tmp_path):
         opened(run, "anna")
 
 
-def test_columns_that_are_not_there_are_an_error_at_the_start(tmp_path):
+@pytest.mark.parametrize("later", [False, True])
+def test_columns_that_are_not_there_are_an_error_at_the_start(later, tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", [{"question": "x", "answer": "y"}] * ROWS)
+    sources = {"code": {"stdlib": True}, "p3": {"format": "p3", "files": [str(path)]}}
+    phases = [{"tokens": 10, "mixture": {"code": 1}}, {}] if later else [{}]
     with pytest.raises(ConfigError, match="not rows of format p3") as caught:
-        opened(run_over({"p3": {"format": "p3", "files": [str(path)]}}), "anna")
+        opened(run_over(sources, phases=phases), "anna")
     assert "question, answer" in caught.value.why
+
+
+def test_a_row_that_is_broken_further_on_is_an_error_at_the_start_too(run, tmp_path):
+    with (tmp_path / "p3.jsonl").open("a") as file:
+        file.write("{broken\n")
+    with pytest.raises(ConfigError, match="is not JSON"):
+        opened(run, "anna", 500)

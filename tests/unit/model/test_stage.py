@@ -13,6 +13,7 @@ import torch
 
 from swarm.errors import ConfigError
 from swarm.model.fragments import cut, find_blocks
+from swarm.model.prefix import attention, model_inputs
 from swarm.model.skeleton import untie
 from swarm.model.stage import Stage
 
@@ -44,6 +45,21 @@ def test_a_chain_of_stages_is_the_whole_model(name: str) -> None:
 @pytest.mark.parametrize("name", FULL)
 def test_a_chain_is_the_whole_model_with_a_bidirectional_prefix(name: str) -> None:
     families.compare(name, families.EDGES, prefix=families.PREFIX)
+
+
+@pytest.mark.parametrize("name", ["gptj", "llama", "gpt2", "gpt_neox", "mpt", "gemma2"])
+def test_a_chain_is_the_whole_model_with_packed_rows(name: str) -> None:
+    """Masks and positions of segments, where positions are learnt, turned, or only distances (and then not told)."""
+    whole = families.make(name)
+    ids = torch.randint(3, 64, (2, families.LENGTH), generator=torch.Generator().manual_seed(1))
+    how = attention(families.PACKED, dtype=torch.float32)
+    stages = [Stage(copy.deepcopy(whole), start, end) for start, end in itertools.pairwise(families.EDGES)]
+    with torch.no_grad():
+        values = ids
+        for stage in stages:
+            values = stage(values, **how)
+        wanted = whole(input_ids=ids, **model_inputs(whole, families.PACKED), use_cache=False).logits
+        assert torch.equal(values, wanted) and not torch.equal(values, whole(input_ids=ids, use_cache=False).logits)
 
 
 CUTS = [(0, *inner, 4) for count in range(4) for inner in itertools.combinations((1, 2, 3), count)]

@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn import functional
 from transformers import PreTrainedModel
 
 from swarm.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from swarm.data.batch import Batch
 from swarm.model.build import build_model
 from swarm.model.fragments import cut
+from swarm.model.prefix import model_inputs
 from swarm.train.adamw import RAMP_STEPS
 from swarm.train.inner import InnerOptimizer
 
@@ -89,6 +91,44 @@ def test_pieces_add_up_to_the_whole(model: PreTrainedModel, microbatch: int) -> 
     assert pieces.gradients(BATCH) == pytest.approx(whole_loss, rel=1e-5)
     assert close(gradients_of(model), whole)
     assert len(between) == -(-8 // microbatch), "averaging gets its turn before each piece"
+
+
+SEGMENTS = (
+    ((0, 12),), ((11, 12),), ((5, 12),), ((0, 4), (2, 6), (2, 2)), ((12, 12),), ((0, 12),), ((3, 3), (0, 9)),
+    ((10, 12),),
+)
+
+
+@pytest.mark.parametrize("microbatch", [8, 3, 1])
+def test_the_gradient_is_of_the_mean_over_all_targets(
+    model: PreTrainedModel, original: PreTrainedModel, microbatch: int
+) -> None:
+    """However they are spread over the pieces: rows have 11, 1, 7, 3 + 4, none, 11, 8 and 2 of them."""
+    original.zero_grad()
+    batch = Batch(TOKENS, SEGMENTS)
+    assert [part.num_targets for part in batch.split(1)] == [11, 1, 7, 7, 0, 11, 8, 2]
+    loss = inner_of(model, run_with(batch_sequences=microbatch)).gradients(batch)
+    total = torch.zeros(())
+    for ids, row in zip(TOKENS, SEGMENTS, strict=True):
+        first = 0
+        for prefix, length in row:
+            part = ids[None, first : first + length]
+            logits = original(input_ids=part, **model_inputs(original, (((prefix, length),),))).logits[0]
+            given = max(1, prefix)
+            if length > given:
+                total = total + functional.cross_entropy(logits[given - 1 : -1], part[0, given:], reduction="sum")
+            first += length
+    (total / 47).backward()
+    assert loss == pytest.approx(float(total.detach()) / 47, rel=1e-5)
+    assert close(gradients_of(model), gradients_of(original))
+
+
+def test_a_batch_without_targets_teaches_nothing(model: PreTrainedModel) -> None:
+    inner = inner_of(model, run_with())
+    assert inner.gradients(Batch(TOKENS, (((12, 12),),) * 8)) == 0.0
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    inner.step(1e-2)
+    assert all(torch.isfinite(p).all() and p.shape == before[name].shape for name, p in model.named_parameters())
 
 
 @pytest.mark.parametrize(("room", "tried"), [(4, [8, 4, 4]), (3, [8, 4, 2, 2, 2, 2]), (1, [8, 4, 2] + [1] * 8)])
