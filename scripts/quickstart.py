@@ -120,13 +120,15 @@ def progress(swarm: LocalSwarm, until: int) -> str:
 
 def result(root: Path, peer: LocalPeer) -> None:
     """Export the peer's checkpoint, load it as anybody would, compare it with the untrained model, let it write."""
+    from swarm.asking import states
     from swarm.data.tokenizer import load_tokenizer
     from swarm.train.trainer import limit_threads
 
     limit_threads(1)  # on a busy machine torch's threads mostly wait for each other: measured 20 s instead of 136 s
-    run, held, states = export.from_home(peer.home, say=export.say)
-    before = export.held_out_loss(run, held.model, load_tokenizer(run))
-    export.write(run, held, states, root / "model")
+    found = states.from_home(peer.home, say=export.say)
+    run = found.run
+    before = export.held_out_loss(run, found.held.model, load_tokenizer(run))
+    export.write(found, root / "model")
     model, tokenizer = export.reload(root / "model")
     after = export.held_out_loss(run, model, tokenizer)
     unit = "nats a byte" if run.tokenizer == "bytes" else "nats a token"

@@ -83,6 +83,14 @@ class Warning(Event):  # the name is the contract's
 
 
 @dataclass(frozen=True)
+class Contributors(Event):
+    """Others who train in this run and gave a name, or this peer itself; each name once a start. For the model card."""
+
+    kind: ClassVar[str] = "contributors"
+    names: list[str]
+
+
+@dataclass(frozen=True)
 class Left(Event):
     kind: ClassVar[str] = "left"
     reason: str

@@ -16,11 +16,10 @@ from swarm.config import run_from_dict
 ROOT = Path(__file__).parent.parent
 READMES = [ROOT / "README.md", ROOT / "swarm" / "README.md"]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-INLINE = re.compile(r"`((?:python -m swarm\.peer|scripts/)[^`]*)`")
+INLINE = re.compile(r"`((?:python -m swarm\.\w+|scripts/)[^`]*)`")
 LINK = re.compile(r"\]\(([^)]+)\)")
 WITH_PARSER = {
     "quickstart": "quickstart", "monitor.py": "monitor", "export.py": "export", "local_swarm.py": "local_swarm",
-    "evaluate.py": "evaluate", "generate.py": "generate",
     "bench.py": "bench",
 }  # fmt: skip
 
@@ -53,6 +52,9 @@ def test_every_command_parses(command, capsys):
     words = shlex.split(command)
     if words[:3] == ["python", "-m", "swarm.peer"]:
         parse(lambda arguments: cli.parse(arguments, {}), words[3:])
+        return
+    if words[:2] == ["python", "-m"] and words[2].startswith("swarm."):
+        parse(importlib.import_module(words[2]).make_parser().parse_args, words[3:])
         return
     if words[:2] == ["python", "scripts/wanlab"]:
         parse(importlib.import_module("wanlab.__main__").make_parser().parse_args, words[2:])

@@ -6,24 +6,32 @@ somebody will load. An earlier export is replaced; anything else is not touched.
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AddedToken, PreTrainedModel, PreTrainedTokenizerBase
 
 from swarm.errors import ConfigError, HomeError
 
 MARKER = ".swarm-export"
 """lists the files we wrote: what makes a folder ours to replace"""
+RUN_FILE = "run.json"
+MAX_SHARD_BYTES = 5_000_000_000
 
 
-def export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write config.json, model.safetensors, generation_config.json and the tokenizer's files to `folder`.
+def export(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, *, max_shard_bytes: int = MAX_SHARD_BYTES,
+    more_files: Mapping[str, bytes] = {},
+) -> None:
+    """Write config.json, the weights, generation_config.json and the tokenizer's files to `folder`.
 
+    The weights are model.safetensors, or, of more than `max_shard_bytes`, model-00001-of-0000N.safetensors with index.
     `AutoModelForCausalLM.from_pretrained(folder)` then gives bit-identical logits. The model must not be trained
-    meanwhile.
+    meanwhile. `more_files`: name -> content, such as the model card.
     Raises ConfigError where `folder` holds anything but an earlier export, HomeError where it cannot be written.
     """
     folder = folder.expanduser().resolve()
@@ -32,9 +40,11 @@ def export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: P
     try:
         _remove(fresh)
         fresh.mkdir(parents=True)
-        model.save_pretrained(fresh)
+        model.save_pretrained(fresh, max_shard_size=max_shard_bytes)
         tokenizer.save_pretrained(fresh)
         _for_use(fresh, tokenizer)
+        for name, content in more_files.items():
+            (fresh / name).write_bytes(content)
         names = sorted(path.name for path in fresh.iterdir())
         (fresh / MARKER).write_text("\n".join(names) + "\n", encoding="utf-8")
         if folder.exists():
@@ -75,6 +85,17 @@ def check_replaceable(folder: Path) -> None:
         )
 
 
+def with_names(tokenizer: PreTrainedTokenizerBase, names: Mapping[int, str]) -> PreTrainedTokenizerBase:
+    """A copy of `tokenizer` in which these tokens have names: rows of the model's vocabulary that no text uses, which
+    the run has taken for marks of its own (UL2's modes and sentinels). Tokens that have a name already keep it, and
+    so do those that do not follow on what the tokenizer has: no library gives out ids with holes between them."""
+    named = copy.deepcopy(tokenizer)
+    for token in sorted(names):
+        if token == len(named):
+            named.add_tokens([AddedToken(names[token], special=True, normalized=False)], special_tokens=True)
+    return named
+
+
 def _for_use(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     """Undo what is right in training only, in the files and not in the live model."""
     eos = tokenizer.eos_token_id
@@ -89,6 +110,8 @@ def _for_use(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
         for key, token in (("eos_token_id", eos), ("bos_token_id", bos)):
             if not isinstance(values.get(key), list):
                 values[key] = token
+        if path.name == "generation_config.json" and values.get("pad_token_id") is None:
+            values["pad_token_id"] = eos  # else generate() says on every call that it does the same
         path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 

@@ -96,6 +96,14 @@ def load_newest(
     return None
 
 
+def load(path: Path, *, numels: Mapping[int, int], num_fragments: int, num_buffers: int) -> Checkpoint:
+    """This one. Arguments as in `load_newest`. Raises StateError where it is damaged or of another run."""
+    try:
+        return _load(path, numels, num_fragments, num_buffers)
+    except (StateError, OSError) as error:
+        raise StateError(f"the checkpoint {path} cannot be used", why=str(error), do="choose another one") from None
+
+
 def older(
     folder: Path, *, numels: Mapping[int, int], num_fragments: int, num_buffers: int
 ) -> list[GlobalState]:

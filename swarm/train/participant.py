@@ -28,7 +28,7 @@ from swarm.averaging.elsewhere import said_tokens
 from swarm.config import PeerConfig, RunConfig
 from swarm.data.text_stream import TextStream
 from swarm.errors import HomeError, NetworkError, SwarmError
-from swarm.events import Bus, Check, Ready, Warning
+from swarm.events import Bus, Check, Contributors, Ready, Warning
 from swarm.host.device import choose_device
 from swarm.host.freed import return_freed_memory
 from swarm.host.home import Home
@@ -85,6 +85,7 @@ class Participant:
         self._stream: TextStream | None = None
         self._saved_stream: dict[str, Any] = {}
         self._gaps: list[int] = []
+        self._names: set[str] = set()
         """fragments that nobody held when this was last looked at"""
         self._leaving = self._stopped = False
         """about to go; and training is over, too"""
@@ -310,6 +311,10 @@ class Participant:
         )
         if event is not None:
             self.bus.emit(event)
+        names = report.new_names([*others.items(), (self.keypair.peer_id, self.status())], self._names)
+        if names:
+            self._names |= set(names)
+            self.bus.emit(Contributors(names))
         if self.averager is not None and self.averager.serving:
             missing = report.gaps(self.run.fragments, self.averager.held(), others)
             if missing != self._gaps:

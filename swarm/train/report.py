@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Protocol
 
 from swarm.averaging.averager import Averager
 from swarm.events import Progress, Warning
 from swarm.network.endpoint import Endpoint
+from swarm.network.keys import friendly_name
 from swarm.network.records import Status
+
+MAX_NAMES = 1000
 
 
 class Learner(Protocol):
@@ -40,6 +43,16 @@ def progress(
         fragments=averager.held() if averager else [],
         bytes_sent=endpoint.bytes_sent, bytes_received=endpoint.bytes_received,
     )
+
+
+def new_names(statuses: Iterable[tuple[str, Status]], known: Collection[str]) -> list[str]:
+    """Names that peers gave themselves (not made up from their ids), of those who have trained, but for those known.
+    Strangers could go on for ever with new ones: at most MAX_NAMES in all."""
+    found = {
+        status.name for peer_id, status in statuses
+        if status.role == "trainer" and status.tokens > 0 and status.name and status.name != friendly_name(peer_id)
+    }
+    return sorted(found - set(known))[:max(0, MAX_NAMES - len(known))]
 
 
 def gaps(num_fragments: int, held: Collection[int], others: Mapping[str, Status]) -> list[int]:

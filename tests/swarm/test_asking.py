@@ -10,15 +10,14 @@ from typing import Any
 
 import pytest
 
+from swarm import chat, evaluate
 from swarm.model.evaluate import sample_text
 from swarm.pipeline import guest
 from tests.swarm.support import GPTJ, InProcessPeer, peers_in_process, wait_until, write_run
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))  # as it is for a script that runs
 
-import evaluate
 import export
-import generate
 
 PATIENCE_S = 200.0
 """longer than chain.FORGET_S: on a busy machine a peer may be given up and keep what it did for that long"""
@@ -117,10 +116,10 @@ def test_it_writes_what_the_exported_model_writes(
     model, tokenizer = export.reload(exported)
     wanted = sample_text(model, tokenizer, PROMPT, max_new_tokens=16, temperature=0.0)
     peers = ["--initial-peers", *exact[2].maddrs]
-    found = asked(capsys, generate, PROMPT, *peers, "--temperature", "0", "--max-tokens", "16")
+    found = asked(capsys, chat, "--prompt", PROMPT, *peers, "--temperature", "0", "--max-tokens", "16")
     assert (found["text"], found["tokens"]) == (wanted, 16) and len(wanted) > 4
     drawn = [
-        asked(capsys, generate, PROMPT, *peers, "--max-tokens", "12", "--top-k", "20", "--seed", seed)["text"]
+        asked(capsys, chat, "--prompt", PROMPT, *peers, "--max-tokens", "12", "--top-k", "20", "--seed", seed)["text"]
         for seed in ("1", "1", "2")
     ]
     assert drawn[0] == drawn[1] != drawn[2]
@@ -129,10 +128,11 @@ def test_it_writes_what_the_exported_model_writes(
 def test_it_goes_on_beyond_the_length_that_it_was_trained_with(
     exact: list[InProcessPeer], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code = generate.main(["", "--initial-peers", *exact[0].maddrs, "--temperature", "0", "--max-tokens", "40"])
+    how = ["--initial-peers", *exact[0].maddrs, "--temperature", "0", "--max-tokens", "40"]
+    code = chat.main(["--prompt", "", *how])
     out, err = capsys.readouterr()
     assert code == 0 and "40 tokens in" in err, "a training sequence has 32, and an empty prompt is a beginning, too"
-    assert all(line.startswith("  |") for line in out.splitlines())
+    assert len(out) > 20 and all(c.isprintable() or c == "\n" for c in out)
 
 
 def test_nothing_of_the_questions_stays(exact: list[InProcessPeer]) -> None:
@@ -149,7 +149,7 @@ def test_where_a_fragment_has_no_holder_both_say_so(
     """The last test of this swarm: its end is gone."""
     monkeypatch.setattr(guest, "GAP_S", 2.0)
     exact[2].close()
-    for script, more in ((evaluate, []), (generate, [PROMPT])):
+    for script, more in ((evaluate, []), (chat, ["--prompt", PROMPT])):
         code = script.main([*more, "--initial-peers", *exact[0].maddrs])
         out, err = capsys.readouterr()
         assert code == 1 and "nobody here holds fragment 3" in err and "why:" in err and "do:" in err
@@ -175,8 +175,7 @@ def test_with_8_bits_and_while_it_trains_it_is_close(tmp_path: Path, capsys: pyt
 
 @pytest.mark.parametrize("arguments", [["--sequences", "0"], ["--sequences", "x"]])
 def test_nonsense_is_refused_by_the_command_line(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    wrong = [(evaluate, arguments), *((generate, ["x", *bad]) for bad in (["--top-k", "0"], ["--temperature", "-1"]))]
-    for script, more in wrong:
+    for script, more in [(evaluate, arguments), (chat, ["--top-k", "0"]), (chat, ["--temperature", "-1"])]:
         with pytest.raises(SystemExit) as caught:
             script.main([*more, "--initial-peers", "/ip4/127.0.0.1/tcp/1"])
         assert caught.value.code == 2 and "usage:" in capsys.readouterr().err

@@ -244,7 +244,7 @@ def test_a_model_cannot_write_to_the_terminal_what_it_likes():
     assert export.quoted("def f():\n\tx\x1b[2J\r\n \n") == ["  | def f():", "  |         x?[2J"]
 
 
-@pytest.mark.parametrize("name", ["monitor.py", "export.py", "quickstart.py", "evaluate.py", "generate.py"])
+@pytest.mark.parametrize("name", ["monitor.py", "export.py", "quickstart.py"])
 def test_help_does_not_wait_for_torch(name):
     result = subprocess.run(
         [sys.executable, "-X", "importtime", f"scripts/{name}", "--help"], cwd=ROOT, capture_output=True, text=True,

@@ -7,7 +7,7 @@ import threading
 import pytest
 
 from swarm import events
-from swarm.events import Bus, Check, Event, Left, Progress, Ready, Round, Warning
+from swarm.events import Bus, Check, Contributors, Event, Left, Progress, Ready, Round, Warning
 
 CONTRACT = {
     "ready": {"run_id", "peer_id", "maddrs", "join"},
@@ -26,6 +26,7 @@ ONE_OF_EACH = [
         fragment=0, version=1, digest="ab", contributors=2, tokens=3, bytes_sent=4, bytes_received=5, seconds=6.0
     ),
     Warning(text="w"),
+    Contributors(names=["Ada"]),
     Left(reason="finished"),
 ]  # fmt: skip
 

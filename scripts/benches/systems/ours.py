@@ -31,14 +31,11 @@ class Ours:
 
     def weights(self, setup: Setup, number: int) -> Path:
         """The global weights of the newest checkpoint in its home, written out like everybody's."""
-        from export import from_home
-
         from benches.systems.workload import save_weights
-        from swarm.train.run_source import load_states
+        from swarm.asking.states import from_home
 
         home = self._home(setup, number)
-        _, held, states = from_home(home, say=lambda text: print(text, file=sys.stderr))
-        load_states(held, states)
+        held = from_home(home, say=lambda text: print(text, file=sys.stderr)).load()
         file = setup.folder / f"weights-{number}.safetensors"
         save_weights(held.model, file)
         return file

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from swarm.network.keys import friendly_name
 from swarm.network.records import Head, Status
 from swarm.train import report
 
@@ -59,3 +60,25 @@ def test_gaps_are_what_nobody_holds(held: list[int], others: list[tuple[int, ...
 def test_a_gap_is_named_with_what_to_do() -> None:
     assert "fragment 1, 2" in report.gap_warning([1, 2]).text and "--fragments" in report.gap_warning([1, 2]).text
     assert "every fragment" in report.gap_warning([]).text
+
+
+def test_names_that_were_given_are_told_once() -> None:
+    made_up = friendly_name("12D3KooWmadeup")
+    peers = [
+        ("12D3KooWmadeup", trained(made_up)), ("12D3KooWa", trained("Grace")), ("12D3KooWb", trained("Ada")),
+        ("12D3KooWc", trained("Idle", tokens=0)), ("12D3KooWd", trained("Relay", role="rendezvous")),
+        ("12D3KooWe", trained("")), ("12D3KooWf", trained("Ada")),
+    ]
+    assert report.new_names(peers, []) == ["Ada", "Grace"]
+    assert report.new_names(peers, ["Ada"]) == ["Grace"] and report.new_names(peers, ["Ada", "Grace"]) == []
+    assert report.new_names([("12D3KooWx", trained(made_up))], []) == [made_up], "somebody else's words are a choice"
+
+
+def test_names_have_an_end() -> None:
+    peers = [(f"12D3KooW{number}", trained(f"n{number:05d}")) for number in range(report.MAX_NAMES + 50)]
+    first = report.new_names(peers, [])
+    assert len(first) == report.MAX_NAMES and report.new_names(peers, first) == []
+
+
+def trained(name: str, *, tokens: int = 5, role: str = "trainer") -> Status:
+    return Status(run_id="run-" + "0" * 12, name=name, role=role, tokens=tokens)

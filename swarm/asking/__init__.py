@@ -1,0 +1,1 @@
+"""Asking a model: of an export, of a checkpoint, or of a live swarm."""
