@@ -219,8 +219,9 @@ def _run_keys(cls: Any, at: str = "") -> dict[str, str]:
     keys: dict[str, str] = {}
     for name, hint in typing.get_type_hints(cls).items():
         keys = {name: f"{at}{name}", f"{at}{name}": f"{at}{name}"} | keys
-        if dataclasses.is_dataclass(hint):
-            keys = _run_keys(hint, f"{at}{name}.") | keys
+        for section in (hint, *typing.get_args(hint)):  # `DataConfig | None` is one too
+            if dataclasses.is_dataclass(section) and typing.get_origin(hint) not in (list, dict):
+                keys = _run_keys(section, f"{at}{name}.") | keys
     return keys
 
 
