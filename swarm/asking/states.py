@@ -13,6 +13,7 @@ from swarm.config import RunConfig, run_from_json
 from swarm.errors import ConfigError, HomeError, StateError
 from swarm.host.home import Home
 from swarm.model.build import Model
+from swarm.model.lora import merged
 from swarm.monitor.journal import FILE_NAME
 from swarm.observer import Observer
 from swarm.train import checkpoint, report, run_source
@@ -32,8 +33,8 @@ class Weights:
     """of peers that trained and gave a name, as far as known"""
 
     def model(self) -> Model:
-        """With these weights, as plain transformers has it."""
-        return self.load().model
+        """With these weights, as plain transformers has it; adapters are merged into what they adapt."""
+        return merged(self.load().model)
 
     @property
     def tokens(self) -> int:
