@@ -81,7 +81,7 @@ def test_a_block_keeps_what_came_in(name: str) -> None:
         return sum(storages.values())
 
     a_block = (kept(5) - kept(2)) / 3
-    assert a_block == pytest.approx(INPUTS_PER_BLOCK * IDS.numel() * 16 * 4, rel=0.6)
+    assert a_block == INPUTS_PER_BLOCK * IDS.numel() * 16 * 4
 
 
 def test_stand_ins_of_a_stage_are_left_alone() -> None:
