@@ -232,7 +232,7 @@ def table(result: dict[str, Any]) -> str:
         ])
     notes = [
         f"stages {result['parts']}, windows of {result['calm_s']:.0f} and {result['seconds']:.0f} s; computing is"
-        f" real and PADDED by sleeps to {result['service_ms']:.0f} ms a microbatch and stage: one machine has all peers",
+        f" real and PADDED by sleeps to {result['service_ms']:.0f} ms a microbatch and stage: one machine runs all",
         "holders left: the mean share of its holders that the scarcest stage had, from their death to their being back",
         "tokens by fragment; one number where all are the same",
     ]
