@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Annotated, Any
 
 import torch
@@ -97,7 +97,7 @@ class Hub:
     """number of a microbatch, and how many were meant to be under way"""
 
     def __init__(
-        self, me: str, chain: Chain, calls: Any, *, draw: Callable[[], Batch], first_number: int,
+        self, me: str, chain: Chain, calls: Any, *, draw: Callable[[], Awaitable[Batch]], first_number: int,
         largest_credit: int, on_done: Callable[[float, int], None],
     ) -> None:
         self._me, self._chain, self._calls, self._draw, self._done = me, chain, calls, draw, on_done
@@ -114,7 +114,7 @@ class Hub:
             began = time.monotonic() if began is None else began
             now = self.in_flight[min(int((time.monotonic() - began) / self.each_s), len(self.in_flight) - 1)]
             while len(running) < now:
-                running.add(asyncio.ensure_future(self._one(self._draw().tokens, now)))
+                running.add(asyncio.ensure_future(self._one((await self._draw()).tokens, now)))
             done, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
                 task.result()
