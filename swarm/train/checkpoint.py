@@ -12,11 +12,11 @@ kept and the newest that verifies is loaded; a full disk costs the new checkpoin
 from what was read and compared, so a flipped bit never gets into the swarm.
 
 It holds what is agreed, and where this peer was in its text at that moment. Who leaves has put all it learnt into a
-round before, so that nothing is skipped or repeated. After a crash (a kill, the power) two stretches of the peer's own
-text are not as they should be, neither longer than what it draws in a round and a minute: what was drawn before the
-checkpoint and was in no commit by then is skipped, unless a commit had it before the crash, for drift is in memory only;
-and what was drawn after it is drawn again, though a commit may have had some of it. That costs or repeats some rows in
-one peer's order, and nothing of the swarm's books: tokens are counted by commits, and a contribution is in exactly one.
+round before, so that nothing is skipped or repeated. After a crash (a kill, the power) two stretches of this peer's
+text are not as they should be, together no longer than what it draws in a round and a minute: what was drawn before
+the checkpoint and got into no commit is skipped, for drift is in memory only; and what was drawn after it is drawn
+again, also where a commit had it. That costs or repeats some rows in one peer's order, and nothing in the swarm's
+books: tokens are counted by commits, and a contribution is in exactly one.
 """
 
 from __future__ import annotations
