@@ -42,10 +42,11 @@ def run(options: argparse.Namespace) -> int:
     check_replaceable(options.out.expanduser().resolve())
     if options.initial_peers:
         found = states.from_swarm(
-            options.initial_peers, run_id=options.run_id, say=say, join_timeout_s=options.join_timeout_s
+            options.initial_peers, run_id=options.run_id, base=options.base, say=say,
+            join_timeout_s=options.join_timeout_s,
         )
     else:
-        found = states.from_folder(options.home, run_id=options.run_id, say=say)
+        found = states.from_folder(options.home, run_id=options.run_id, base=options.base, say=say)
     result = write(found, options.out, max_shard_bytes=options.max_shard_size)
     if not options.json:
         versions = ", ".join(map(str, result["versions"]))
@@ -159,6 +160,10 @@ def make_parser() -> argparse.ArgumentParser:
     )
     source.add_argument("--initial-peers", nargs="+", metavar="MADDR", help="peers of a live swarm: from a join line")
     parser.add_argument("--run-id", metavar="ID", help="which run, where there are several")
+    parser.add_argument(
+        "--base", metavar="DIR",
+        help="folder with the frozen model of a run with adapters, where it is neither on the hub nor known to --home",
+    )
     parser.add_argument(
         "--join-timeout-s", type=float, default=20.0, metavar="S", help="give up joining after this long (20)"
     )

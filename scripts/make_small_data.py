@@ -157,13 +157,10 @@ def _write(path: Path, data: bytes) -> None:
 
 
 def main(arguments: Sequence[str]) -> int:
-    from scripts.entry import guarded
     from swarm.errors import HomeError
+    from swarm.program import guarded
 
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("folder", nargs="?", default=FOLDER, help=f"where to write it (default: {FOLDER})")
-    parser.add_argument("--seed", type=int, default=SEED, help="other seed, other examples (default: %(default)s)")
-    options = parser.parse_args(arguments)
+    options = make_parser().parse_args(arguments)
     folder = Path(options.folder).expanduser()
 
     def work() -> int:
@@ -178,6 +175,13 @@ def main(arguments: Sequence[str]) -> int:
         return 0
 
     return guarded(work)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("folder", nargs="?", default=FOLDER, help=f"where to write it (default: {FOLDER})")
+    parser.add_argument("--seed", type=int, default=SEED, help="other seed, other examples (default: %(default)s)")
+    return parser
 
 
 if __name__ == "__main__":

@@ -47,8 +47,8 @@ def run(options: argparse.Namespace) -> int:
     from swarm.asking.conversation import Conversation
 
     with _ends_at_once(), target.opened(
-        options.target, initial_peers=options.initial_peers, run_id=options.run_id, device=options.device,
-        join_timeout_s=options.join_timeout_s, say=say,
+        options.target, initial_peers=options.initial_peers, run_id=options.run_id, base=options.base,
+        device=options.device, join_timeout_s=options.join_timeout_s, say=say,
     ) as asked:
         choose = chooser(asked.manner, temperature=options.temperature, top_k=options.top_k, seed=options.seed)
         conversation = Conversation(

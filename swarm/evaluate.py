@@ -45,8 +45,8 @@ def run(options: argparse.Namespace) -> int:
     from swarm.model import card
 
     with target.opened(
-        options.target, initial_peers=options.initial_peers, run_id=options.run_id, device=options.device,
-        join_timeout_s=options.join_timeout_s, say=say,
+        options.target, initial_peers=options.initial_peers, run_id=options.run_id, base=options.base,
+        device=options.device, join_timeout_s=options.join_timeout_s, say=say,
     ) as asked:
         found = evaluate(asked, options)
     if options.card:

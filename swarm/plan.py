@@ -141,7 +141,10 @@ def lines(result: dict[str, Any], *, tables: bool = False) -> list[str]:
             found += [f"      {one['settings']}", *(_indented(one["table"]) if tables else [])]
         if machine["too_large"] and (tables or not peers):
             found += [f"    fragment {machine['too_large'][0]} alone would take", *_indented(machine["short_of"])]
-    published = result["published"]
+    published = [
+        f"  GPT-JT, as published          {format_bytes(result['published']['ddp_bytes'])} with data parallelism, "
+        f"{format_bytes(result['published']['bytes'])} as it was trained",
+    ] if result["run"].startswith("gpt-jt") else []
     return [
         *found, "",
         "Sent by a machine in the whole run, with "
@@ -150,8 +153,7 @@ def lines(result: dict[str, Any], *, tables: bool = False) -> list[str]:
         f"  between stages                {result['forward_bytes_per_token']:.0f} bytes a token on, "
         f"{result['back_bytes_per_token']:.0f} back",
         f"  data parallelism in bf16      {format_bytes(result['ddp_bytes'])}, of what is trained here",
-        f"  GPT-JT, as published          {format_bytes(published['ddp_bytes'])} with data parallelism, "
-        f"{format_bytes(published['bytes'])} as it was trained",
+        *published,
     ]  # fmt: skip
 
 

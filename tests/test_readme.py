@@ -20,7 +20,7 @@ INLINE = re.compile(r"`((?:python -m swarm\.\w+|scripts/)[^`]*)`")
 LINK = re.compile(r"\]\(([^)]+)\)")
 WITH_PARSER = {
     "quickstart": "quickstart", "monitor.py": "monitor", "export.py": "export", "local_swarm.py": "local_swarm",
-    "bench.py": "bench",
+    "bench.py": "bench", "make_small_data.py": "make_small_data",
 }  # fmt: skip
 
 sys.path.insert(0, str(ROOT / "scripts"))  # as it is for a script that runs
@@ -93,11 +93,15 @@ def test_every_relative_link_exists(path, link):
         assert heading in [re.sub(r"[^a-z0-9 -]", "", title.lower()).replace(" ", "-") for title in titles]
 
 
-def test_the_example_is_a_run_config():
+def test_the_examples_are_run_configs():
     documents = [yaml.safe_load(text) for text in blocks("yaml")]
-    assert documents
-    for document in documents:
-        assert run_from_dict(document, origin="README.md").run_id.startswith("letters-")
+    wholes = [document for document in documents if "name" in document]
+    assert [document["name"] for document in wholes] == ["letters", "tasks-and-text"]
+    for document in documents:  # one without a name is a part
+        run = run_from_dict({**wholes[0], **document}, origin="README.md") if document not in wholes else run_from_dict(
+            document, origin="README.md"
+        )
+        assert run.run_id.startswith(f"{run.name}-")
 
 
 def test_every_file_named_in_the_inner_readme_exists():

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+BASE = "folder with the frozen model of a run with adapters (default: the one that its peer used)"
+
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
@@ -14,6 +16,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--initial-peers", nargs="+", metavar="MADDR", help="or peers of a live swarm: from a join line"
     )
     parser.add_argument("--run-id", metavar="ID", help="which run, where there are several")
+    parser.add_argument("--base", metavar="DIR", help=BASE)
     parser.add_argument("--device", default="auto", metavar="NAME", help="auto | cpu | cuda | cuda:N | mps (auto)")
     parser.add_argument(
         "--join-timeout-s", type=float, default=20.0, metavar="S", help="give up joining after this long (20)"
@@ -23,6 +26,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     if (options.target is None) == (options.initial_peers is None):
         parser.error("give one of TARGET and --initial-peers")
+    if options.base is not None and options.initial_peers:
+        parser.error("--base is for a home folder or a checkpoint: a live swarm has its own")
 
 
 def positive(text: str) -> int:

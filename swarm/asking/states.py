@@ -46,19 +46,22 @@ class Weights:
         return self.held
 
 
-def from_folder(path: Path, *, run_id: str | None = None, say: Say) -> Weights:
+def from_folder(path: Path, *, run_id: str | None = None, base: str | None = None, say: Say) -> Weights:
     """The newest whole checkpoint in a home folder, or in a run's folder or its `checkpoints`; or the checkpoint that a
-    path names (.../checkpoints/000042). `say` gets what a person should know. Raises SwarmError."""
+    path names (.../checkpoints/000042). `say` gets what a person should know.
+
+    `base`: folder of the frozen base of a run with adapters, where it is not the one that the peer used. Raises
+    SwarmError."""
     folder = path.expanduser().resolve()
     for run_folder in (folder, folder.parent, folder.parent.parent):
         if (run_folder / "run.json").is_file() and not (folder / "runs").is_dir():
             run = _read_run(run_folder / "run.json")
             only = folder if (folder / checkpoint.MANIFEST).is_file() else None
-            return _newest(run, run_folder / "checkpoints", only=only, say=say)
-    return from_home(path, run_id=run_id, say=say)
+            return _newest(run, run_folder, only=only, base=base, say=say)
+    return from_home(path, run_id=run_id, base=base, say=say)
 
 
-def from_home(path: Path, *, run_id: str | None = None, say: Say) -> Weights:
+def from_home(path: Path, *, run_id: str | None = None, base: str | None = None, say: Say) -> Weights:
     """The newest whole checkpoint in a home folder. Raises SwarmError."""
     home = Home.open(path, exclusive=False)
     if run_id is None and home.last_run_id is None:
@@ -67,15 +70,17 @@ def from_home(path: Path, *, run_id: str | None = None, say: Say) -> Weights:
             do="give the --home of a peer that has, or --initial-peers to ask a live swarm",
         )
     run = run_source.remembered(home, run_id)
-    return _newest(run, home.run_folder(run.run_id) / "checkpoints", only=None, say=say)
+    return _newest(run, home.run_folder(run.run_id), only=None, base=base, say=say)
 
 
 def from_swarm(
-    initial_peers: list[str], *, run_id: str | None = None, say: Say, join_timeout_s: float = 20.0
+    initial_peers: list[str], *, run_id: str | None = None, base: str | None = None, say: Say,
+    join_timeout_s: float = 20.0,
 ) -> Weights:
     """Every fragment at its newest attested version, from the peers that hold it. Raises SwarmError."""
     with Observer(initial_peers, run_id=run_id, join_timeout_s=join_timeout_s) as observer:
-        held = run_source.hold(observer.run)
+        run_source.check_has_base(observer.run, base)
+        held = run_source.hold(observer.run, weights_from=base)
         observer.ask_everybody()
         states = []
         for index, layout in held.layouts.items():
@@ -112,8 +117,10 @@ def _read_run(path: Path) -> RunConfig:
         raise ConfigError(f"cannot read {path}", why=str(error.strerror or error), do="check the folder") from None
 
 
-def _newest(run: RunConfig, folder: Path, *, only: Path | None, say: Say) -> Weights:
-    held = run_source.hold(run)
+def _newest(run: RunConfig, run_folder: Path, *, only: Path | None, base: str | None, say: Say) -> Weights:
+    folder = run_folder / "checkpoints"
+    run_source.check_has_base(run, base)
+    held = run_source.hold(run, weights_from=base or run_source.remember_base(run, run_folder, None))
     numels = {index: layout.numel for index, layout in held.layouts.items()}
     num_buffers = len(held.states[0].buffers)
     if only is not None:
@@ -136,4 +143,4 @@ def _newest(run: RunConfig, folder: Path, *, only: Path | None, say: Say) -> Wei
             why=f"that peer holds {len(saved.states)} of its {run.fragments} fragments; others hold the rest",
             do="ask the live swarm with --initial-peers",
         )
-    return Weights(run, held, saved.states, journal_names(folder.parent / FILE_NAME))
+    return Weights(run, held, saved.states, journal_names(run_folder / FILE_NAME))

@@ -50,11 +50,12 @@ class Target:
 
 @contextlib.contextmanager
 def opened(
-    path: Path | None, *, initial_peers: list[str] | None = None, run_id: str | None = None, device: str = "auto",
-    join_timeout_s: float = 20.0, say: Callable[[str], None],
+    path: Path | None, *, initial_peers: list[str] | None = None, run_id: str | None = None, base: str | None = None,
+    device: str = "auto", join_timeout_s: float = 20.0, say: Callable[[str], None],
 ) -> Iterator[Target]:
     """`path`: an export (or any model folder in Hugging Face layout), a home, a run's folder or a checkpoint; or else
-    `initial_peers` of a live swarm. `device` is for a model at hand. Raises SwarmError."""
+    `initial_peers` of a live swarm. `device` is for a model at hand; `base` is the folder of the frozen base of a
+    checkpoint of adapters. Raises SwarmError."""
     if initial_peers:
         with Observer(initial_peers, run_id=run_id, join_timeout_s=join_timeout_s) as observer:
             yield _live(observer)
@@ -67,7 +68,15 @@ def opened(
             do="check the path, or give --initial-peers to ask a live swarm",
         )
     chosen, _ = choose_device(device, 0)
-    yield _export(folder, chosen) if (folder / "config.json").is_file() else _checkpoint(folder, run_id, chosen, say)
+    if not (folder / "config.json").is_file():
+        yield _checkpoint(folder, run_id, base, chosen, say)
+        return
+    if base is not None:
+        raise ConfigError(
+            "--base is for a home folder or a checkpoint", why=f"{folder} is a model that has its base in it",
+            do="leave it out",
+        )
+    yield _export(folder, chosen)
 
 
 def _live(observer: Observer) -> Target:
@@ -79,8 +88,10 @@ def _live(observer: Observer) -> Target:
     )
 
 
-def _checkpoint(folder: Path, run_id: str | None, device: torch.device, say: Callable[[str], None]) -> Target:
-    found = states.from_folder(folder, run_id=run_id, say=say)
+def _checkpoint(
+    folder: Path, run_id: str | None, base: str | None, device: torch.device, say: Callable[[str], None]
+) -> Target:
+    found = states.from_folder(folder, run_id=run_id, base=base, say=say)
     run, model = found.run, _on(found.model(), device)
     tokenizer, vocabulary = load_tokenizer(run), embedding_rows(model)
     return Target(

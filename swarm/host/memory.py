@@ -36,6 +36,9 @@ INPUTS_PER_BLOCK = 1
 ROUND_BYTES = 26
 """a value of the fragment whose round is under way, momentum apart: the contribution and what was offered, those of
 others to the parts owned here, their sum, the average, the next weights; at most 24 at once"""
+SPARE_BYTES = 9
+"""a value of a fragment of which a spare copy follows a round, the state before it and after it apart: the decoded
+parts of the result, the average, and the result as it came"""
 FP32, BF16, REST = 4, 2, 1
 
 
@@ -101,6 +104,10 @@ class Work:
     """blocks go forward once more in their backward"""
     at_once: int = 0
     """sequences in one forward; 0: all of a microbatch, or of the batch of a whole model"""
+    masked: bool = False
+    """rows are cut into segments, and each has an attention mask of its own"""
+    spare_values: int = 0
+    """parameters of the largest fragment of which spare copies are kept; 0: none are"""
 
     @property
     def value_bytes(self) -> int:
@@ -183,6 +190,7 @@ def _training(size: PartSize, work: Work) -> list[Row]:
         Row("AdamW, 8-bit" if eight else "AdamW", moments, gpu),
         Row("activations" + (f" of {many}" if not work.batch_sequences else ""), kept, gpu),
         Row("a block that is computed again", again, gpu, shared=True),
+        Row("attention masks", _masks(work), gpu, shared=True),
         Row(f"gradients of {k} that wait for a verdict", k * n * value, gpu),
         Row("sums of gradients", sums, gpu),
         Row("weights of graphs under way", old * value, gpu),
@@ -210,6 +218,7 @@ def _averaging(size: PartSize, work: Work) -> list[Row]:
         Row(f"{rounds} {'round' if rounds == 1 else 'rounds'} under way",
             rounds * largest * (ROUND_BYTES + FP32 * work.buffers), False, shared=True),
         Row("a checkpoint being written", 2 * largest * state, False, shared=True),
+        Row("a spare copy that follows a round", work.spare_values * (2 * state + SPARE_BYTES), False, shared=True),
     ]  # fmt: skip
 
 
@@ -217,20 +226,33 @@ def activations(size: PartSize, work: Work) -> tuple[int, int]:
     """(bytes kept between forward and backward by all microbatches in flight, and by its own batch for a whole model,
     with the logits of what is worked on; bytes of one block that is computed again, where blocks are)."""
     k, sequences, length = work.microbatches_in_flight, work.microbatch_sequences, work.sequence_length
-    largest = max(sequences if k else 0, work.batch_sequences)
-    at_once = min(work.at_once or largest, largest)
+    at_once, graphs = _graphs(work)
     scores = VALUES_PER_SCORE * work.num_heads * length
     a_token = work.hidden_size * work.value_bytes
     a_block = VALUES_PER_HIDDEN * a_token + scores * FP32
     left = INPUTS_PER_BLOCK * a_token if work.recompute else a_block
     # the last stage turns round at once: its backward follows its forward, so there is one set of logits
     logits = FP32 * at_once * length * VALUES_PER_LOGIT * size.logits
-    # a batch, or a microbatch, in pieces: it keeps what came in, and a graph of one piece at a time
-    in_pieces = sequences > at_once
-    graphs = min(work.batch_sequences, at_once) + (k * sequences if not in_pieces else min(k, 1) * at_once)
-    entered = k * sequences * length * a_token if in_pieces else 0
+    entered = k * sequences * length * a_token if sequences > at_once else 0
     again = at_once * length * a_block if work.recompute else 0
     return graphs * length * size.num_blocks * left + entered + logits, again
+
+
+def _graphs(work: Work) -> tuple[int, int]:
+    """(sequences in one forward, sequences whose graphs are there together)"""
+    k, sequences = work.microbatches_in_flight, work.microbatch_sequences
+    largest = max(sequences if k else 0, work.batch_sequences)
+    at_once = min(work.at_once or largest, largest)
+    # a batch, or a microbatch, in pieces: it keeps what came in, and a graph of one piece at a time
+    in_pieces = sequences > at_once
+    return at_once, min(work.batch_sequences, at_once) + (k * sequences if not in_pieces else min(k, 1) * at_once)
+
+
+def _masks(work: Work) -> int:
+    """Of each row of each graph one, for all of its blocks; and of those that are being made three bytes a pair of
+    tokens: who is before whom, who is in whose segment, and who sees whom."""
+    at_once, graphs = _graphs(work)
+    return (graphs * work.value_bytes + 3 * at_once) * work.sequence_length**2 if work.masked else 0
 
 
 def activation_bytes(size: PartSize, work: Work) -> int:

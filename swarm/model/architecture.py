@@ -75,7 +75,7 @@ def is_folder(source: str) -> bool:
         return True
     if source.startswith((".", "/", "~", "\\")) or source.count("/") > 1:
         raise ConfigError(
-            f"no model folder {source}", why="it does not exist", do="check model.source in the run config"
+            f"no model folder {source}", why="it does not exist", do="check model.source in the run config, or --base"
         )
     return False
 

@@ -57,6 +57,7 @@ def card(facts: Facts) -> str:
         "What all peers agreed on:", "```json\n" + _config(run) + "\n```",
         "## Who trained it", _people(facts.names),
         "## What is in it",
+        *_adapters(run),
         "SHA-256 of each fragment's global weights, outer momentum and version. Peers of the run have the same bits:",
         _heads(facts.heads),
     ]
@@ -149,6 +150,16 @@ def _people(names: Sequence[str]) -> str:
         return "Nobody who gave a name, as far as is known."
     shown = [re.sub(r"[`|<>\[\]]", "?", printable(name, max_chars=40)) for name in names]
     return "Those who gave a name: " + ", ".join(f"`{name}`" for name in shown) + "."
+
+
+def _adapters(run: RunConfig) -> list[str]:
+    lora = run.model.lora
+    if lora is None:
+        return []
+    return [
+        f"Adapters of rank {lora.rank} on a frozen base ({lora.base}), merged into it here. What was trained, and what"
+        " the digests are of, is the adapters:"
+    ]
 
 
 def _heads(heads: Sequence[tuple[int, int, str]]) -> str:

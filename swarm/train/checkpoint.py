@@ -10,6 +10,13 @@ again with other ones takes what it still needs of them; the rest comes from oth
 Written to a folder beside, synced, then renamed: there is never half a checkpoint under its name. The newest three are
 kept and the newest that verifies is loaded; a full disk costs the new checkpoint only. The state's digest is computed
 from what was read and compared, so a flipped bit never gets into the swarm.
+
+It holds what is agreed, and where this peer was in its text at that moment. Who leaves has put all it learnt into a
+round before, so that nothing is skipped or repeated. After a crash (a kill, the power) two stretches of this peer's
+text are not as they should be, together no longer than what it draws in a round and a minute: what was drawn before
+the checkpoint and got into no commit is skipped, for drift is in memory only; and what was drawn after it is drawn
+again, also where a commit had it. That costs or repeats some rows in one peer's order, and nothing in the swarm's
+books: tokens are counted by commits, and a contribution is in exactly one.
 """
 
 from __future__ import annotations

@@ -180,7 +180,10 @@ class Participant:
             self.run, self.keypair, network.endpoint, network.directory, self._boundary, self.bus.emit,
             keep=self._place.planner.settings.keep if self._place is not None else AMPLE,
         )
-        taken = takeover.take_over(self.held, context, network, self._folder, spare_disk=self.config.spare_disk)
+        taken = takeover.take_over(
+            self.held, context, network, self._folder, spare_disk=self.config.spare_disk,
+            spares_fit=self._place is None or self._place.spares_fit,
+        )
         self.averager, self._saved_stream = taken.averager, taken.stream
         self._check("state", taken.text, began)
 

@@ -31,6 +31,7 @@ from swarm.pipeline.snapshot import NO_STAGE, Fragments, Holder
 from swarm.train import surroundings
 from swarm.train.serving import CREDIT, microbatch_sequences
 from swarm.train.settings import Settings, choices
+from swarm.train.text import is_mixture
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,8 @@ class Place:
     """which fragments, and why"""
     planner: Planner
     """for the stages that may come later"""
+    spares_fit: bool = True
+    """there is memory for spare copies beside all that, or none are kept anyway: they make no stage smaller"""
 
 
 def choose(
@@ -56,6 +59,7 @@ def choose(
         free = torch.cuda.mem_get_info(device)[0]
         gpu_bytes = min(free, config.max_memory or free)
     base = planner_of(run, on_gpu=device.type == "cuda", main_bytes=main_bytes, gpu_bytes=gpu_bytes)
+    base = replace(base, spares=config.spare_disk != 0)
     ways = Ways(base, config, device=device)
     everything = (0, run.fragments)
     if config.fragment_span is not None:
@@ -133,6 +137,8 @@ class Planner:
     main_bytes: int
     gpu_bytes: int
     settings: Settings
+    spares: bool = True
+    """may this peer keep copies of fragments that it does not hold?"""
 
     def place(self, part: tuple[int, int], why: str, *, least: int = 1) -> Place:
         """With as many microbatches at once as fit; with `least` where even that does not."""
@@ -140,7 +146,13 @@ class Planner:
         plan = self._plan(range(*part), in_flight)
         is_whole = part == (0, len(self.sizes))
         which = "the whole model" if is_whole else f"fragments {part[0]}:{part[1]} of {len(self.sizes)}"
-        return Place(part, in_flight, plan, f"{which}: {why}; {self.settings.text}", self)
+        text = f"{which}: {why}; {self.settings.text}"
+        if is_whole or not self.spares:
+            return Place(part, in_flight, plan, text, self)
+        with_spares = self._plan(range(*part), in_flight, spares=True)
+        if with_spares.fits:
+            return Place(part, in_flight, with_spares, text, self)
+        return Place(part, in_flight, plan, f"{text}; no memory for spare copies", self, spares_fit=False)
 
     def in_flight(self, held: Collection[int]) -> int:
         """For how many microbatches at once there is room beside these fragments; 0: not for one."""
@@ -178,13 +190,14 @@ class Planner:
         rows = self._plan([index], 1).rows
         return sum(row.num_bytes for row in rows if row.on_gpu == self.work.on_gpu and not row.shared)
 
-    def _plan(self, held: Collection[int], in_flight: int) -> StagePlan:
+    def _plan(self, held: Collection[int], in_flight: int, *, spares: bool = False) -> StagePlan:
         sizes, settings = [self.sizes[index] for index in held], self.settings
         is_whole = len(sizes) == len(self.sizes)
         work = replace(
             self.work, microbatches_in_flight=in_flight, halved=settings.halved, keep=settings.keep,
             optimizer_bits=settings.optimizer_bits, recompute=settings.recompute, at_once=settings.at_once,
             batch_sequences=self.run.train.batch_sequences if is_whole else 0,
+            spare_values=max(size.num_parameters for size in self.sizes) if spares else 0,
         )
         size = sum(sizes[1:], start=sizes[0])
         return plan_stage(size, work, main_limit_bytes=self.main_bytes, gpu_limit_bytes=self.gpu_bytes)
@@ -198,7 +211,7 @@ def planner_of(run: RunConfig, *, on_gpu: bool, main_bytes: int, gpu_bytes: int)
         hidden_size=text_config.hidden_size, num_heads=text_config.num_attention_heads,
         sequence_length=run.train.sequence_length, microbatch_sequences=microbatch_sequences(run),
         pieces=run.train.batch_sequences // microbatch_sequences(run), bits=run.averaging.bits,
-        buffers=outer.num_buffers(run), sync=run.averaging.mode == "sync", on_gpu=on_gpu,
+        buffers=outer.num_buffers(run), sync=run.averaging.mode == "sync", on_gpu=on_gpu, masked=is_mixture(run),
     )
     return Planner(_sizes(whole, cut(whole, run.fragments)), work, run, main_bytes, gpu_bytes, Settings())
 

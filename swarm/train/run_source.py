@@ -140,7 +140,7 @@ def base_folder(file: str | None, given: str | None) -> str | None:
     """Where this machine has the frozen base of a run that it starts: `given`, or the folder that the run names.
     Raises ConfigError."""
     draft = load_run(file if file is not None else preset_path(DEMO))
-    _check_has_base(draft, given)
+    check_has_base(draft, given)
     source = draft.model.source if draft.model.lora is not None else None
     return given or (source if source is not None and is_folder(source) else None)
 
@@ -148,17 +148,23 @@ def base_folder(file: str | None, given: str | None) -> str | None:
 def remember_base(run: RunConfig, folder: Path, given: str | None) -> str | None:
     """Where the frozen base is: `given`, kept in the run's `folder` for the next start, or what was kept there. None:
     the run has no base, or it is on the hub or drawn. Raises ConfigError."""
-    _check_has_base(run, given)
+    check_has_base(run, given)
     file = folder / "base.txt"
     if given is not None:
         atomic_write(file, str(Path(given).expanduser().resolve()).encode())
     return file.read_text(encoding="utf-8") if file.is_file() else None
 
 
-def _check_has_base(run: RunConfig, given: str | None) -> None:
+def check_has_base(run: RunConfig, given: str | None) -> None:
+    """Raises ConfigError where a frozen base is `given` to a run that has none, or is no folder."""
     if given is not None and run.model.lora is None:
         raise ConfigError(
             "--base is not for this run", why="it trains all weights, and has no frozen base", do="leave it out"
+        )
+    if given is not None and not Path(given).expanduser().is_dir():
+        raise ConfigError(
+            f"there is no folder {given}", why="--base is where this machine has the run's frozen model",
+            do="check the path",
         )
 
 

@@ -40,7 +40,7 @@ class SpareDisk:
     ) -> None:
         """`numels`: fragment -> length of its flat vector, of all fragments of the run. Finds what an earlier start has
         left, and lets go of what does not fit into the room any more."""
-        self.room_bytes = room_bytes
+        self.room_bytes = self._limit_bytes = room_bytes
         self._folder, self._numels, self._num_buffers, self._warn = folder, numels, num_buffers, warn
         self._heads: dict[int, Head] = {}
         self._find()
@@ -60,7 +60,12 @@ class SpareDisk:
 
     def has_room_for(self, fragment: int) -> bool:
         others = sum(self.size_bytes(index) for index in self._heads if index != fragment)
-        return others + self.size_bytes(fragment) <= self.room_bytes
+        return others + self.size_bytes(fragment) <= self._limit_bytes
+
+    def offer_nothing(self) -> None:
+        """This peer has no memory to follow rounds with copies. Those that are here stay until others have them, and
+        what would be lost with this peer is still written."""
+        self.room_bytes = 0
 
     def read(self, fragment: int) -> GlobalState | None:
         """The copy, checked against its digest. None: there is none, or it was damaged and is dropped."""

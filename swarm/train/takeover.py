@@ -29,9 +29,12 @@ class TakenOver:
     """where this peer was in its data"""
 
 
-def take_over(held: Held, context: Context, network: Network, folder: Path, *, spare_disk: int | None) -> TakenOver:
+def take_over(
+    held: Held, context: Context, network: Network, folder: Path, *, spare_disk: int | None, spares_fit: bool = True
+) -> TakenOver:
     """Bring what this peer holds to the swarm's newest state. `folder`: of the run; `spare_disk`: bytes for spares, as
-    in `PeerConfig`. Raises SwarmError where a newer state exists and nobody can give it."""
+    in `PeerConfig`; `spares_fit`: there is memory to follow rounds with them. Raises SwarmError where a newer state
+    exists and nobody can give it."""
     run, num_buffers = context.run, outer.num_buffers(context.run)
 
     def warn(text: str) -> None:
@@ -56,6 +59,8 @@ def take_over(held: Held, context: Context, network: Network, folder: Path, *, s
             states[state.fragment] = state
         elif known is None or known.tokens < state.tokens:
             disk.write(state)  # of what it held before, it is a keeper now
+    if not spares_fit:
+        disk.offer_nothing()
     trusted = run_source.matches_start(run, held) | dict.fromkeys(states, True)
     held.states |= states
     run_source.load_states(held, states.values())

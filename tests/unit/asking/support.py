@@ -9,10 +9,12 @@ from typing import Any
 
 import torch
 import yaml
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from swarm.asking.states import Weights
 from swarm.averaging.global_state import GlobalState, initial_state
 from swarm.config import RunConfig
+from swarm.data.tokenizer import byte_tokenizer
 from swarm.host.home import Home
 from swarm.train import checkpoint, run_source
 
@@ -38,6 +40,15 @@ def make_run(folder: Path, **changes: Any) -> tuple[RunConfig, run_source.Held]:
         document[key] = {**old, **value} if isinstance(old, dict) and isinstance(value, dict) else value
     (folder / "run.yaml").write_text(yaml.safe_dump(document))
     return run_source.new_run(str(folder / "run.yaml"))
+
+
+def adapted(folder: Path) -> dict[str, Any]:
+    """A run of adapters on an nf4 base, which is a model folder of plain transformers: to be given to `make_run`."""
+    torch.manual_seed(5)
+    model: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(**GPTJ))
+    model.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return {"model": {"config": None, "source": str(folder), "lora": {"rank": 2}}, "name": "adapters"}
 
 
 def recipe(folder: Path, *, last: str = "prefix") -> dict[str, Any]:

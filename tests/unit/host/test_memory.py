@@ -23,6 +23,7 @@ from swarm.host.memory import (
     plan_stage,
 )
 from swarm.model import working
+from swarm.model.prefix import model_inputs
 
 MILLION = PartSize(1_000_000, num_blocks=2)
 WORK = Work(hidden_size=100, num_heads=4, sequence_length=10, microbatch_sequences=2, microbatches_in_flight=3)
@@ -158,6 +159,30 @@ def test_a_plan_that_does_not_fit_is_an_error_with_the_table_and_ways_out() -> N
     assert "--fragments" in caught.value.do and "--max-memory" in caught.value.do
 
 
+def test_masks_of_packed_rows_are_of_length_squared() -> None:
+    """One a row of each graph, in the type of hidden states; and three bytes a pair of those that are being made."""
+    assert rows(masked=True) == {**rows(), "attention masks": (3 * 2 * 4 + 2 * 3) * 10**2}
+    assert rows(masked=True, halved=True)["attention masks"] == (3 * 2 * 2 + 2 * 3) * 10**2
+    assert rows(masked=True, at_once=1)["attention masks"] == (4 + 3) * 10**2, "a graph of one sequence at a time"
+    alone = {"batch_sequences": 8, "microbatches_in_flight": 0}
+    assert rows(masked=True, **alone)["attention masks"] == 8 * (4 + 3) * 10**2
+    helping = rows(masked=True, batch_sequences=8, microbatches_in_flight=2)["attention masks"]
+    assert helping == ((8 + 2 * 2) * 4 + 8 * 3) * 10**2
+    one = rows(masked=True, sequence_length=2048, microbatch_sequences=1, microbatches_in_flight=1)["attention masks"]
+    assert one == 7 * 2048**2, "17 MB the mask, and 13 MB while it is made"
+
+
+def test_a_spare_copy_takes_its_state_twice_and_a_result_for_a_moment() -> None:
+    assert "a spare copy that follows a round" not in rows()
+    assert rows(spare_values=1_000_000)["a spare copy that follows a round"] == (2 * 8 + 9) * 1_000_000
+    assert rows(spare_values=1_000_000, buffers=0)["a spare copy that follows a round"] == (2 * 4 + 9) * 1_000_000
+    on_gpu = plan_stage(
+        MILLION, dataclasses.replace(WORK, on_gpu=True, spare_values=10, masked=True), main_limit_bytes=ROOM
+    )
+    assert [(row.on_gpu, row.shared) for row in on_gpu.rows if "spare" in row.what] == [(False, True)]
+    assert [(row.on_gpu, row.shared) for row in on_gpu.rows if "masks" in row.what] == [(True, True)]
+
+
 # --- how many fit
 
 FRAGMENTS = [PartSize(3_000_000, 1), PartSize(1_000_000, 1), PartSize(1_000_000, 1), PartSize(2_000_000, 1, 50_000)]
@@ -238,6 +263,39 @@ def test_a_block_keeps_no_more_activations_than_planned(name: str, dropout: floa
     work = Work(hidden_size=64, num_heads=4, sequence_length=32, microbatch_sequences=2, halved=halved)
     planned = activation_bytes(PartSize(0, num_blocks=1), work)
     assert 0.15 * planned < measured <= planned
+
+
+@pytest.mark.parametrize(("name", "attention"), [("gptj", "eager"), ("llama", "eager"), ("llama", "sdpa")])
+@pytest.mark.parametrize("halved", [False, True])
+def test_masks_take_no_more_than_planned(name: str, attention: str, halved: bool) -> None:
+    """What a graph over packed rows keeps beyond that of plain ones: the mask at most, once for all blocks."""
+    sizes = {"n_inner": 64, "intermediate_size": 64, "num_key_value_heads": 4, "rotary_dim": 8}
+    config = AutoConfig.for_model(name, num_hidden_layers=2, **{**REAL, **sizes}, attn_implementation=attention)
+    model = AutoModelForCausalLM.from_config(config).train()
+    if halved:
+        working.halve(model.parameters())
+
+    def kept_bytes(**how: torch.Tensor) -> int:
+        kept: dict[int, torch.UntypedStorage] = {}
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            logits = model(input_ids=torch.ones(2, 128, dtype=torch.long), use_cache=False, **how).logits
+        assert logits.requires_grad
+        return sum(storage.nbytes() for storage in kept.values())
+
+    segments = [[(3, 100), (2, 28)], [(0, 128)]]
+    how = model_inputs(model, segments)
+    work = Work(
+        hidden_size=64, num_heads=4, sequence_length=128, microbatch_sequences=2, halved=halved, masked=True
+    )
+    plan = plan_stage(PartSize(0, 2), work, main_limit_bytes=ROOM)
+    [planned] = [row.num_bytes for row in plan.rows if row.what == "attention masks"]
+    assert how["attention_mask"].nbytes == 2 * 128**2 * (2 if halved else 4) < planned
+    assert kept_bytes(**how) <= kept_bytes() + planned
 
 
 # --- blocks that are computed again, and a frozen base

@@ -22,6 +22,7 @@ from swarm.config import (
     canonical_json,
     run_from_json,
 )
+from swarm.data.batch import Batch
 from swarm.errors import ConfigError
 from swarm.model import working
 from swarm.model.build import build_model
@@ -146,7 +147,7 @@ def test_microbatches_add_up_to_the_step_of_the_batch() -> None:
         held = hold(run)
         settings.prepare(held.model)
         inner = InnerOptimizer(held.model, held.fragments, run, at_once=settings.at_once)
-        loss = inner.gradients(TEXTS[0])
+        loss = inner.gradients(Batch(TEXTS[0]))
         found.append((loss, {n: p.grad.clone() for n, p in held.model.named_parameters() if p.grad is not None}))
     assert found[0][0] == pytest.approx(found[1][0], abs=1e-6)
     for name, gradient in found[0][1].items():

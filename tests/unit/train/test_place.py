@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
 import torch
 
-from swarm.config import AveragingConfig, DataConfig, LoraConfig, ModelConfig, PeerConfig, RunConfig, TrainConfig
+from swarm.config import (
+    AveragingConfig,
+    DataConfig,
+    LoraConfig,
+    ModelConfig,
+    PeerConfig,
+    PhaseConfig,
+    RunConfig,
+    TrainConfig,
+)
 from swarm.errors import ConfigError, SwarmError
 from swarm.host.memory import PROGRAM_BYTES
 from swarm.network.records import Head, Status
@@ -124,6 +134,35 @@ def test_the_planner_says_how_many_microbatches_fit_beside_any_fragments() -> No
     sizes = planner.fragments()
     assert len(sizes) == 6 and sizes.work == (1.0,) * 6
     assert sizes.sizes_bytes[1] <= planner.room_bytes() <= 250 * MB + PROGRAM_BYTES
+
+
+def test_spare_copies_are_kept_where_there_is_memory_and_make_no_stage_smaller() -> None:
+    row = "a spare copy that follows a round"
+
+    def has_row(chosen: Place) -> bool:
+        return row in [one.what for one in chosen.plan.rows]
+
+    told = place(fragments="1:3")
+    assert told.spares_fit and has_row(told) and "spare" not in told.text
+    [size] = [one.num_bytes for one in told.plan.rows if one.what == row]
+    assert size == 25 * max(part.num_parameters for part in told.planner.sizes), "of the largest, held or not"
+    without = place(fragments="1:3", spare_disk=0)
+    assert without.spares_fit and not has_row(without) and without.plan.main_bytes == told.plan.main_bytes - size
+    whole = place()
+    assert whole.spares_fit and not has_row(whole), "it holds everything"
+    short = without.plan.main_bytes + size - 1
+    tight = place(fragments="1:3", max_memory=short, weights="fp32", optimizer_bits="32")
+    assert tight.plan.fits and (tight.part, tight.in_flight) == (without.part, without.in_flight)
+    assert not tight.spares_fit and not has_row(tight) and "no memory for spare copies" in tight.text
+
+
+def test_packed_rows_need_masks() -> None:
+    def masks(run: RunConfig) -> list[int]:
+        return [row.num_bytes for row in place(run=run, fragments="1:2").plan.rows if row.what == "attention masks"]
+
+    assert masks(run_with()) == []
+    packed = dataclasses.replace(run_with(), phases=[PhaseConfig(objective="prefix")])
+    assert masks(packed) == [(CREDIT * 4 + 3) * 64**2]
 
 
 # --- how memory is used

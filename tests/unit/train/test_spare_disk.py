@@ -48,6 +48,15 @@ def test_nothing_is_made_where_nothing_is_kept(tmp_path: Path) -> None:
     assert make(tmp_path).heads() == {} and list(tmp_path.iterdir()) == []
 
 
+def test_without_memory_nothing_is_offered_and_nothing_is_lost(tmp_path: Path) -> None:
+    assert make(tmp_path).write(state(0))
+    disk = make(tmp_path)
+    disk.offer_nothing()
+    assert disk.room_bytes == 0 and disk.heads() == {0: head_of(state(0))}, "others may lack it"
+    assert disk.write(state(1)), "a fragment that this peer lets go of, and nobody else has"
+    assert set(make(tmp_path).heads()) == {0, 1}
+
+
 def test_what_goes_beyond_the_room_is_not_written_and_what_is_there_stays(tmp_path: Path) -> None:
     warnings: list[str] = []
     disk = make(tmp_path, make(tmp_path).size_bytes(0) + make(tmp_path).size_bytes(1), warnings)
