@@ -18,7 +18,7 @@ from swarm.errors import ConfigError
 
 def build(cls: Any, document: Any, *, origin: str, at: str) -> Any:
     """Make dataclass `cls` from plain data; unknown keys and wrong types are errors that name the key."""
-    where = at or "top level"
+    where = at.rstrip(".") or "top level"
     if not isinstance(document, dict):
         raise ConfigError(f"{origin}: {where} must be keys and values", why=f"got {type(document).__name__}")
     fields = {f.name: f for f in dataclasses.fields(cls)}

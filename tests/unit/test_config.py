@@ -231,7 +231,7 @@ def test_numbers_beyond_all_bounds_are_stated_errors():
         ({"name": "../demo"}, "name must be 1-40"),
         ({"name": "x" * 41}, "name must be 1-40"),
         ({"name": 7}, "name must be str"),
-        ({"train": 3}, "train. must be keys and values"),
+        ({"train": 3}, "train must be keys and values"),
         ({"train__betas": [0.9]}, "train.betas must be"),
         ({"train__betas": [0.9, 1.0]}, "train.betas must be 0 to below 1"),
         ({"train__betas": ["a", 0.9]}, "train.betas must be float"),
