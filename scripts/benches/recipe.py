@@ -40,7 +40,7 @@ PARTS = ("0:4", "0:4", "0:2", "2:4")
 START, RECIPE, CAUSAL = "start", "recipe", "causal only"
 RUN_FILE = "gpt-jt-small.yaml"
 QUICK_TOKENS, QUICK_TEXT_BYTES = 40_000, 400_000
-READY_S, ASK_S = 180.0, 900.0
+READY_S, ASK_S = 600.0, 1800.0
 SAID_S = 30.0
 
 
