@@ -62,15 +62,14 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         document = yaml.safe_load(preset_path(f"runs/{RUN_FILE}").read_text(encoding="utf-8"))
         document = with_tokens(document, options.tokens or document["train"]["total_tokens"])
         documents = {RECIPE: document, CAUSAL: causal_only(document)}
-        found = {label: _train(folder / f"run-{number}", folder, made, label, options)
-                 for number, (label, made) in enumerate(documents.items())}
+        for number, (label, made) in enumerate(documents.items()):
+            home = folder / f"run-{number}"
+            found[label] = _train(home, folder, made, label, options)
+            found[label]["evaluation"] = _ask(home / "peer-0", folder, options, objectives(documents.values()))
+            say(f"{label}: {accuracies(found[label]['evaluation'])}")
         run = load_run(folder / "run-0" / RUN_FILE)
         write_start(run, folder / START)
         starts = _ask(folder / START, folder, options, objectives(documents.values()))
-        for number, label in enumerate(documents):
-            home = folder / f"run-{number}" / "peer-0"
-            found[label]["evaluation"] = _ask(home, folder, options, objectives(documents.values()))
-            say(f"{label}: {accuracies(found[label]['evaluation'])}")
         parameters = parameters_of(run)
     return {
         "tokens": run.train.total_tokens, "parameters": parameters, "parts": list(PARTS), "start": starts,
