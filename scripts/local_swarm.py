@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import ctypes
 import json
+import os
 import queue
 import signal
 import subprocess
@@ -58,9 +59,10 @@ class LocalPeer:
 class LocalSwarm:
     """Starts peers, collects their events. A context manager: none of them survives it."""
 
-    def __init__(self, home: Path, *, threads: int = 1, on_event: Callable[[LocalPeer, dict[str, Any]], None]
-                 = lambda peer, event: None) -> None:
-        self.home, self.threads, self.on_event = home, threads, on_event
+    def __init__(self, home: Path, *, threads: int = 1, folder: Path | None = None,
+                 on_event: Callable[[LocalPeer, dict[str, Any]], None] = lambda peer, event: None) -> None:
+        """`folder`: where the peers are started, from which the paths in a run file count (default: here)."""
+        self.home, self.threads, self.folder, self.on_event = home, threads, folder, on_event
         self.peers: list[LocalPeer] = []
         self._events: queue.Queue[tuple[LocalPeer, dict[str, Any]]] = queue.Queue()
 
@@ -91,7 +93,7 @@ class LocalSwarm:
     def _launch(self, arguments: list[str]) -> subprocess.Popen[str]:
         return subprocess.Popen(
             [sys.executable, "-m", "swarm.peer", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            start_new_session=True, preexec_fn=finish_with_parent,
+            start_new_session=True, preexec_fn=finish_with_parent, cwd=self.folder, env=environment(),
         )
 
     def pump(self, *, timeout_s: float = 0.2) -> bool:
@@ -140,6 +142,12 @@ class LocalSwarm:
         for line in peer.process.stderr:
             peer.stderr.append(line)
             del peer.stderr[:-200]
+
+
+def environment() -> dict[str, str]:
+    """In which `python -m swarm...` is the one beside this script, in whatever folder it is started."""
+    paths = [str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
 def finish_with_parent() -> None:

@@ -27,16 +27,16 @@ EXAMPLES = 2_000
 TEXT_BYTES = 4_000_000
 DOCUMENT_BYTES = 8_000
 
-ANIMALS = "cat dog horse cow sheep goat pig duck goose hen mouse rat fox wolf bear lion tiger deer owl crow".split()
-FOODS = "bread rice soup cheese butter apple pear plum cake pie jam honey salt sugar bean corn egg tea ham stew".split()
-GOOD = "good great lovely superb fine nice fun happy bright warm".split()
-BAD = "bad awful poor dull sad ugly cold grim weak boring".split()
+ANIMALS = "cat dog horse cow sheep goat pig duck hen mouse fox wolf bear lion".split()
+FOODS = "bread rice soup cheese butter apple pear cake pie jam honey salt bean egg".split()
+GOOD = "good great lovely superb fine nice fun happy".split()
+BAD = "bad awful poor dull sad ugly weak boring".split()
 THINGS = "film book song meal hotel game play show trip story".split()
 OPPOSITES = [pair.split("-") for pair in (
-    "hot-cold big-small up-down left-right day-night wet-dry old-new open-shut fast-slow high-low hard-soft full-empty "
-    "first-last loud-quiet rich-poor strong-weak long-short light-dark in-out on-off"
+    "hot-cold big-small up-down left-right day-night wet-dry old-new open-shut fast-slow high-low hard-soft "
+    "first-last rich-poor in-out"
 ).split()]
-COLOURS = "red blue green black white brown pink grey".split()
+COLOURS = "red blue green black white pink".split()
 Pair = tuple[str, str]
 
 
@@ -75,7 +75,7 @@ def verdict(dice: random.Random) -> Pair:
 
 
 def parity(dice: random.Random) -> Pair:
-    number = dice.randrange(1000)
+    number = dice.randrange(300)
     return str(number), "odd" if number % 2 else "even"
 
 
@@ -85,7 +85,7 @@ def first_colour(dice: random.Random) -> Pair:
 
 
 def sum_of_three(dice: random.Random) -> Pair:
-    a, b, c = (dice.randint(1, 9) for _ in range(3))
+    a, b, c = (dice.randint(1, 6) for _ in range(3))
     return f"{a} + {b} + {c} = ?", f"{a} + {b} = {a + b}. {a + b} + {c} = {a + b + c}. The answer is {a + b + c}"
 
 
@@ -115,9 +115,9 @@ def write(folder: Path, *, seed: int = SEED, examples: int = EXAMPLES, text_byte
         }
         _write(instructions / "tasks" / f"{name}.json", json.dumps(task, indent=1).encode())
     sums = _pairs("sums", sum_of_three, seed, examples)
-    _write_lines(folder / "cot" / "sums.jsonl", [{"inputs": f"Q: {q}", "targets": answer} for q, answer in sums[60:]])
-    shots = [f"Q: {question}\nA: {answer}." for question, answer in sums[:60]]  # no row of the other file
-    subjects = {f"sums {n}": "\n\n".join(shots[n * 3 : n * 3 + 3]) for n in range(20)}
+    _write_lines(folder / "cot" / "sums.jsonl", [{"inputs": f"Q: {q}", "targets": answer} for q, answer in sums[24:]])
+    shots = [f"Q: {question}\nA: {answer}." for question, answer in sums[:24]]  # no row of the other file
+    subjects = {f"sums {n}": "\n\n".join(shots[n * 3 : n * 3 + 3]) for n in range(8)}
     _write(folder / "cot" / "few-shot.json", json.dumps(subjects, indent=1).encode())
     _write_lines(folder / "pile" / "00.jsonl.zst", _text(seed, text_bytes))
 
