@@ -85,8 +85,9 @@ class Participant:
         self._stream: TextStream | None = None
         self._saved_stream: dict[str, Any] = {}
         self._gaps: list[int] = []
-        self._names: set[str] = set()
         """fragments that nobody held when this was last looked at"""
+        self._names: set[str] = set()
+        """of those who have trained, as far as they gave one"""
         self._leaving = self._stopped = False
         """about to go; and training is over, too"""
         self._folder: Path
@@ -318,7 +319,7 @@ class Participant:
         if names:
             self._names |= set(names)
             self.bus.emit(Contributors(names))
-        if self.averager is not None and self.averager.serving:
+        if self.averager is not None and self.averager.serving and not self._leaving:  # others may have gone before
             missing = report.gaps(self.run.fragments, self.averager.held(), others)
             if missing != self._gaps:
                 self._gaps = missing
