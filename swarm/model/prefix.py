@@ -48,8 +48,10 @@ def attention(segments: Segments | None, *, dtype: torch.dtype, device: torch.de
 
 def model_inputs(model: Any, segments: Segments | None) -> dict[str, Any]:
     """The same, as a whole Hugging Face model takes it beside its token ids."""
+    if are_causal(segments):
+        return {}
     found = attention(segments, dtype=model.dtype, device=model.device)
-    if found and not takes_positions(model):
+    if not takes_positions(model):
         del found["position_ids"]
     return found
 

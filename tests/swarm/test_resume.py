@@ -206,7 +206,8 @@ def test_a_donor_is_killed_in_the_middle_of_a_download(
         swarm.wait_for(lambda: "ready" in victim.newest, timeout_s=60, what="the first donor")
         survivor = swarm.start_peer("--initial-peers", *victim.last("ready", "maddrs"))
         swarm.wait_for(
-            lambda: all(peer.last("round", "contributors") == 2 for peer in swarm.peers), timeout_s=60, what="a round"
+            lambda: all(peer.last("round", "contributors") == len(peer.heads) == 2 for peer in swarm.peers),
+            timeout_s=60, what="a round of each fragment",
         )
         kill_when_chunks_arrive(victim, monkeypatch)
         maddrs = [maddr for peer in swarm.peers for maddr in peer.last("ready", "maddrs")]

@@ -120,7 +120,7 @@ REFUSED = [
     ({"sources__code": {"stdlib": True, "format": "p3"}}, ["sources.code.stdlib"]),
     ({"sources__code": {"stdlib": True, "streaming": True}}, ["sources.code.stdlib"]),
     ({"sources__code": {"stdlib": True}}, ["sources.code: no phase mixes it"]),
-    ({"sources__code": 3}, ["sources.code. must be keys and values"]),
+    ({"sources__code": 3}, ["sources.code must be keys and values"]),
     ({"sources": ["a"]}, ["sources must be dict"]),
     ({"sources": {3: {"stdlib": True}}}, ["every key in sources must be text"]),
     ({"data": {"stdlib": True}}, ["exactly one of data and sources"]),

@@ -54,7 +54,7 @@ def test_dataclasses_lie_in_dataclasses_dicts_and_lists():
         ({"by_name": {1: {"size": 2}}}, "every key in by_name must be text"),
         ({"by_name": [1]}, "by_name must be dict"),
         ({"in_order": [{"size": 1}, {"size": True}]}, "in_order[1].size must be int"),
-        ({"in_order": [3]}, "in_order[0]. must be keys and values"),
+        ({"in_order": [3]}, "in_order[0] must be keys and values"),
         ({"shares": {"a": "x"}}, "shares.a must be float"),
         ({"shares": {"a": float("nan")}}, "shares.a must be float"),
         ({"words": [3]}, "words must be str"),
