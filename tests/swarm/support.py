@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -53,6 +54,12 @@ def wait_until(condition: Callable[[], bool], *, timeout_s: float, what: str) ->
     while not condition():
         assert time.monotonic() < deadline, f"waited {timeout_s:.0f} s in vain for {what}"
         time.sleep(0.05)
+
+
+def own_ports() -> int:
+    """The first of ten ports that no other worker of the tests has: peers of the lab listen on fixed ones, each on a
+    machine of its own, and here two of these swarms may be on one machine at the same time."""
+    return 20_000 + os.getpid() % 1_000 * 10
 
 
 class Swarm(LocalSwarm):

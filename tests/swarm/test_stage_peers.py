@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from swarm.config import load_run
-from tests.swarm.support import GPTJ, wait_until, write_run
+from tests.swarm.support import GPTJ, own_ports, wait_until, write_run
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
-from benches.systems import Setup
+from benches.systems import Setup, ours
 from benches.systems.stages import Stages, StageSpec
 
 ROOT = Path(__file__).parents[2]
@@ -50,6 +50,7 @@ def swarm(tmp_path: Path, system: Stages) -> Iterator[list[Process]]:
     setup = Setup(run, len(system.specs), None, tmp_path / "swarm", seed=3)
     setup.folder.mkdir()
     peers: list[Process] = []
+    ours.PORT = own_ports()
     try:
         for number in range(setup.num_peers):
             join = peers[0].of("ready")[0]["maddrs"] if peers else []

@@ -17,10 +17,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.swarm.support import write_run
+from tests.swarm.support import own_ports, write_run
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
-from benches.systems import SYSTEMS, Setup
+from benches.systems import SYSTEMS, Setup, ours
 
 ROOT = Path(__file__).parents[2]
 LIMIT_S = 100.0
@@ -36,6 +36,7 @@ class Peers:
             pytest.skip(reason)
         setup.folder.mkdir(parents=True)
         self.ips = ["127.0.0.1"] * setup.num_peers
+        ours.PORT = own_ports()
         self.lines: list[list[dict[str, Any]]] = [[] for _ in self.ips]
         self.began = time.monotonic()
         self.family: set[psutil.Process] = set()
