@@ -39,6 +39,9 @@ PACE, BURST_S = 1.25, 0.01
 most so long. Else two peers that send to each other fall into step: what is said of one's bytes comes back behind a
 whole window of the other's and lets go a whole window at once, and one of the lines is always empty. Simulated, 100
 Mbit/s: both were three quarters full; now they are full, with a shorter queue"""
+SLOWEST, FASTEST = float(MIN_WINDOW), 1e12
+"""bytes a second: no less is paced by, and no more believed, whatever the other side says of its clock. A pause is thus
+short, and the window alone makes a slow line slower"""
 RATE_MEMORY_S = 2.0
 """the fastest of so long counts: a measured rate is too low where we had nothing to send or a machine was busy, and
 never much too high (BBR, too)"""
@@ -99,7 +102,8 @@ class Pacing:
             self._round_trip_ends = self.sent + size
         self.sent += size
         if self._was_full:  # after a pause too little is measured, so what was measured of a full path counts, too
-            self._free_at = max(self._free_at, now - BURST_S) + size / (PACE * max(self.bytes_per_s, self._full_rate))
+            pace = PACE * max(self.bytes_per_s, self._full_rate, SLOWEST)
+            self._free_at = max(self._free_at, now - BURST_S) + size / pace
         self._marks.append(_Mark(self.sent, now, self.arrived, self._there_at))
 
     def on_arrived(self, total: int, *, there_at: float, now: float) -> None:
@@ -115,7 +119,7 @@ class Pacing:
         rtt_s = now - mark.at
         elapsed_s = rtt_s if mark.there_at is None else there_at - mark.there_at
         if elapsed_s > 0:
-            rate = (total - mark.arrived) / elapsed_s
+            rate = min((total - mark.arrived) / elapsed_s, FASTEST)
             self.bytes_per_s = -_smallest(self._rates, -rate, now, memory_s=RATE_MEMORY_S)
             self._follow(rate)
         delay_s = there_at - mark.at

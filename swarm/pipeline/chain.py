@@ -113,7 +113,9 @@ class Chain:
 
     async def serve(self, microbatch: Microbatch, body: bytes, *, asker: str) -> Answer:
         """Do the rest of a microbatch, or join who is doing it. Raises NetworkError."""
-        entry = self._entry(microbatch, body, is_own=microbatch.origin == self._me)
+        # own ones come back to be gone on with, and have their place; a stranger may only say that one is ours
+        is_own = microbatch.origin == self._me and (self._me, microbatch.number, 0) in self._entries
+        entry = self._entry(microbatch, body, is_own=is_own)
         entry.askers.add(asker)
         entry.waiting += 1
         assert entry.task is not None

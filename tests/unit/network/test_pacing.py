@@ -221,3 +221,22 @@ def test_a_pause_is_not_taken_for_a_slow_path():
     before = pacing.bytes_per_s
     transfer(pacing, 10_000_000, bytes_per_s=12.5e6, rtt_s=0.02, start=end + 100)
     assert pacing.bytes_per_s == pytest.approx(before, rel=0.2)
+
+
+@pytest.mark.parametrize("their_clock", [
+    lambda number: 0.0, lambda number: number * 1e300, lambda number: number * 1e-300, lambda number: -float(number),
+    lambda number: (-1.0) ** number * 1.7e308,
+])
+def test_a_receiver_that_lies_about_its_clock_neither_stops_nor_breaks_us(their_clock):
+    pacing, now = Pacing(), 0.0
+    transfer(pacing, 20_000_000, bytes_per_s=12.5e6, rtt_s=0.08)
+    assert pacing._was_full
+    for number in range(1, 400):
+        while pacing.room() > 0:
+            wait_s = pacing.wait_s(1000.0 + now)
+            assert wait_s <= 1.0, "no pause that a stalled link would hide behind"
+            now += wait_s
+            pacing.on_sent(FRAME, now=1000.0 + now)
+        now += 0.05
+        pacing.on_arrived(pacing.arrived + FRAME, there_at=their_clock(number), now=1000.0 + now)
+        assert MIN_WINDOW <= pacing.window <= MAX_WINDOW

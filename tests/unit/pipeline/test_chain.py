@@ -303,8 +303,9 @@ def test_strangers_are_refused_before_anything_is_computed() -> None:
                 await peer.chain.serve(asked.model_copy(update=size), b"", asker="B" * 20)
         assert peer.compute.in_flight == 0 and not peer.chain._entries
         peer.chain.max_in_flight = 0
-        with pytest.raises(PeerRefused, match=admission.BUSY):
-            await peer.chain.serve(asked, b"", asker="B" * 20)
+        for origin in ("B" * 20, peer.id):  # a made-up one of its own, too
+            with pytest.raises(PeerRefused, match=admission.BUSY):
+                await peer.chain.serve(asked.model_copy(update={"origin": origin}), b"", asker="B" * 20)
 
     play(story())
 
