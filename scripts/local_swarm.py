@@ -118,7 +118,19 @@ class LocalSwarm:
                 if peer.process.poll() not in (None, 0, -signal.SIGKILL):
                     raise SystemExit(f"peer {peer.number} ended with an error:\n" + "".join(peer.stderr[-30:]))
             if time.monotonic() > deadline:
-                raise SystemExit(f"waited {timeout_s:.0f} s in vain for {what}")
+                raise SystemExit(f"waited {timeout_s:.0f} s in vain for {what}\n{self._where_they_are()}")
+
+    def _where_they_are(self) -> str:
+        """What each peer last said, and in which line every thread of those that are left is."""
+        running = self.running()
+        for peer in running:
+            if "ready" in peer.newest:  # before, nothing listens to this signal and it would end the peer
+                peer.process.send_signal(signal.SIGUSR1)
+        time.sleep(1.0 if running else 0.0)
+        return "\n".join(
+            f"peer {peer.number}, exit code {peer.process.poll()}, last heard of: {', '.join(peer.newest)}\n"
+            + "".join(peer.stderr) for peer in self.peers
+        )
 
     def running(self) -> list[LocalPeer]:
         return [peer for peer in self.peers if peer.process.poll() is None]

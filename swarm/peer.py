@@ -1,17 +1,18 @@
 """python -m swarm.peer: start a run, join one, or resume. The composition root: reads config, builds the parts, runs.
 
 The first Ctrl+C (or SIGTERM) finishes: the contribution at hand goes into a round and state is handed over. The second
-stops now. Exit codes: 0 done, 1 a stated error, 2 usage.
+stops now. SIGUSR1 writes to stderr where every thread is. Exit codes: 0 done, 1 a stated error, 2 usage.
 """
 
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import logging
 import os
 import signal
 import sys
-import threading
+import time
 import traceback
 from collections.abc import Iterator
 from types import FrameType
@@ -75,9 +76,10 @@ def run(config: PeerConfig) -> int:
         with contextlib.suppress(CalledOff), stop.at_once():
             participant.join()
         reason = None
-        if not stop.asked.is_set():
+        if not stop.asked:
             participant.start()
-            while reason is None and not stop.asked.wait(POLL_S):
+            while reason is None and not stop.asked:
+                time.sleep(POLL_S)
                 reason = participant.finished()
             participant.leave()
         bus.emit(Left(reason or "told to stop"))
@@ -91,10 +93,14 @@ class CalledOff(BaseException):
 
 
 class Stop:
-    """Turns the first signal into a request to finish and the second into an end at once."""
+    """Turns the first signal into a request to finish and the second into an end at once.
+
+    `asked` is a plain attribute: a handler runs between two instructions of the main thread, and if those were in the
+    middle of an Event's wait(), its set() would wait for a lock that the main thread itself holds, for ever.
+    """
 
     def __init__(self) -> None:
-        self.asked = threading.Event()
+        self.asked = False
         self._at_once = False
 
     @contextlib.contextmanager
@@ -102,7 +108,7 @@ class Stop:
         """Here the first signal raises CalledOff: there is nothing yet to finish, and joining can take minutes."""
         self._at_once = True
         try:
-            if self.asked.is_set():
+            if self.asked:
                 raise CalledOff
             yield
         finally:
@@ -111,11 +117,13 @@ class Stop:
     def install(self) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._on_signal)
+        if hasattr(signal, "SIGUSR1"):
+            faulthandler.register(signal.SIGUSR1)  # all threads; from C, so also when nothing else moves
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self.asked.is_set():
+        if self.asked:
             os._exit(130)  # the watchdog ends p2pd and removes its sockets
-        self.asked.set()
+        self.asked = True
         if self._at_once:
             raise CalledOff
         with contextlib.suppress(OSError):  # not print: the signal may have come in the middle of another one

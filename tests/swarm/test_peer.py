@@ -27,7 +27,7 @@ from tests.swarm.support import Swarm, write_run
 
 START_S = 60.0
 GONE_S = 10.0
-STOP_S = 5.0
+STOP_S = 60.0
 """for the second signal to end a peer, on a machine that is busy with other tests as well"""
 CONTRACT: dict[str, dict[str, type | tuple[type, ...]]] = {
     "ready": {"run_id": str, "peer_id": str, "maddrs": list, "join": str},
@@ -176,10 +176,15 @@ def test_a_life_from_the_first_start_to_sigkill(folder: Path) -> None:
             assert f"versions {', '.join(str(e['version']) for e in checkpoint_of(old))}: from" in state
         swarm.wait_for(lambda: all("progress" in p.newest for p in again), timeout_s=START_S, what="training")
 
+        with pytest.raises(SystemExit, match="in vain for nothing") as failed:
+            swarm.wait_for(lambda: False, timeout_s=0.0, what="nothing")
+        told = str(failed.value)
+        assert told.count("Current thread") == 2 and "swarm/peer.py" in told, "where every thread of each peer is"
+
         traces = [Traces(peer) for peer in again]
         again[0].process.kill()
         again[1].process.send_signal(signal.SIGINT)
-        swarm.wait_for(lambda: "again to stop now" in "".join(again[1].stderr), timeout_s=10, what="a word")
+        swarm.wait_for(lambda: "again to stop now" in "".join(again[1].stderr), timeout_s=STOP_S, what="a word")
         again[1].process.send_signal(signal.SIGINT)
         assert again[1].process.wait(STOP_S) == 130
         for left in traces:
