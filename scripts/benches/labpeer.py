@@ -10,6 +10,7 @@ import signal
 import subprocess
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ END_S = 10.0
 QUOTED_CHARS = 600
 PR_SET_PDEATHSIG = 1
 
+Launch = Callable[..., Any]
+"""as `popen` here"""
 Line = tuple[float, dict[str, Any]]
 """(monotonic seconds of receipt, the JSON line)"""
 
@@ -54,11 +57,13 @@ class Peer:
     _reader: threading.Thread | None = None
 
     @classmethod
-    def start(cls, lab: Lab, number: int, host: str, argv: list[str], *, errors: Path) -> Peer:
-        """`errors`: file for its stderr."""
+    def start(
+        cls, lab: Lab, number: int, host: str, argv: list[str], *, errors: Path, launch: Launch | None = None
+    ) -> Peer:
+        """`errors`: file for its stderr. `launch`: None starts a process that has everything yet to load."""
         began = time.monotonic()
         with errors.open("w") as stderr:
-            process = popen(lab, host, argv, stdout=subprocess.PIPE, stderr=stderr, text=True)
+            process = (launch or popen)(lab, host, argv, stdout=subprocess.PIPE, stderr=stderr, text=True)
         peer = cls(number, host, process, errors, began)
         peer._reader = threading.Thread(target=peer._read, daemon=True)
         peer._reader.start()
@@ -125,12 +130,12 @@ def popen(lab: Lab, host: str, argv: list[str], **streams: Any) -> subprocess.Po
     and a peer's round would have to wait for its share while other peers do nothing but train. On machines of their own
     they would not stand in its way; in one session the niceness of training sees to that."""
     return subprocess.Popen(
-        lab.command(host, argv), cwd=ROOT, preexec_fn=_on_its_own,
+        lab.command(host, argv), cwd=ROOT, preexec_fn=on_its_own,
         env={**os.environ, **lab.environment(host), "PYTHONPATH": str(ROOT)}, **streams,
     )
 
 
-def _on_its_own() -> None:
+def on_its_own() -> None:
     """Ctrl+C on the terminal is this program's alone; should it be killed, its peers finish as after Ctrl+C (Linux)."""
     os.setpgid(0, 0)
     with contextlib.suppress(OSError, AttributeError):

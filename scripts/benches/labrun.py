@@ -17,7 +17,7 @@ from pathlib import Path
 
 from wanlab.lab import Lab
 
-from benches.labpeer import END_S, DidNotFinish, Peer, popen
+from benches.labpeer import END_S, DidNotFinish, Launch, Peer, popen
 from benches.systems import Setup, System
 from benches.table import Point, rises
 from benches.usage import Snapshot, pids_on, take
@@ -32,9 +32,12 @@ START_WORDS = {"--new-swarm": 1, "--run": 2}
 
 
 class LabSwarm:
-    """`with LabSwarm(lab, system, setup) as swarm: swarm.start_all()`"""
+    """`with LabSwarm(lab, system, setup) as swarm: swarm.start_all()`
 
-    def __init__(self, lab: Lab, system: System, setup: Setup) -> None:
+    `launch`: how peers are started, if not by popen."""
+
+    def __init__(self, lab: Lab, system: System, setup: Setup, *, launch: Launch | None = None) -> None:
+        self._launcher = launch
         self.lab, self.system, self.setup = lab, system, setup
         self.hosts = lab.hosts[:setup.num_peers]
         self.ips = [lab.ip(host) for host in self.hosts]
@@ -118,7 +121,9 @@ class LabSwarm:
         return self._join or (self.peers[0].last("ready", "maddrs", []) if self.peers else [])
 
     def _launch(self, number: int, argv: list[str], errors: str) -> Peer:
-        return Peer.start(self.lab, number, self.hosts[number], argv, errors=self.setup.folder / errors)
+        return Peer.start(
+            self.lab, number, self.hosts[number], argv, errors=self.setup.folder / errors, launch=self._launcher
+        )
 
     def finish(self, *, timeout_s: float = FINISH_S) -> list[int]:
         """Ask all to end, wait until they have; returns the numbers of those that had to be killed."""

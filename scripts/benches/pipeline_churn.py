@@ -29,8 +29,9 @@ from benches.faults import Fault, Mischief
 from benches.labpeer import DidNotFinish, Peer
 from benches.labrun import LabSwarm
 from benches.pipeline_speed import more_hosts
-from benches.systems import Setup
+from benches.systems import Setup, stage_peer
 from benches.systems.stages import Stages, StageSpec
+from benches.warm import LOADING_S, launcher
 from swarm.config import RunConfig, canonical_json, run_from_dict
 from swarm.train.serving import microbatch_sequences
 
@@ -65,7 +66,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     faults = kills(parts, seed=run.seed, seconds=seconds, every_s=every_s)
     with common.workspace() as folder, common.lab(topology) as lab:
         setup = Setup(common.write(run, folder / "bench.yaml"), len(parts), None, folder / "swarm", run.seed)
-        with LabSwarm(lab, Stages(specs, emulate=False), setup) as swarm:
+        with LabSwarm(lab, Stages(specs, emulate=False), setup, launch=launcher(stage_peer.main)) as swarm:
             settle_s = SETTLE_S / 5 if options.quick else SETTLE_S
             found = live(swarm, faults, settle_s=settle_s, calm_s=calm_s, seconds=seconds)
             lives = list(swarm.lives)
@@ -231,6 +232,8 @@ def table(result: dict[str, Any]) -> str:
             *(_fragments(row[f"{name}_tokens"]) for name in ("lost", "twice", "gone")),
         ])
     notes = [
+        f"libraries are loaded beforehand, and a peer that starts SLEEPS for the {LOADING_S} s that this takes on a"
+        " processor of its own",
         f"stages {result['parts']}, windows of {result['calm_s']:.0f} and {result['seconds']:.0f} s; computing is"
         f" real and PADDED by sleeps to {result['service_ms']:.0f} ms a microbatch and stage: one machine runs all",
         "holders left: the mean share of its holders that the scarcest stage had, from their death to their being back",

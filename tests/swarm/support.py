@@ -12,12 +12,12 @@ from typing import Any
 
 import yaml
 
+from scripts.forked import Forked, peer
 from scripts.local_swarm import LocalPeer, LocalSwarm
 from swarm.config import PeerConfig
 from swarm.events import Bus, Event
 from swarm.host.home import Home
 from swarm.train.participant import Participant
-from tests.swarm.forked import Forked
 
 TEXT = "The quick brown fox jumps over the lazy dog, and the dog does not mind at all. "
 
@@ -73,7 +73,7 @@ class Swarm(LocalSwarm):
         self, home: Path, *, on_event: Callable[[LocalPeer, dict[str, Any]], None] = lambda *_: None,
         forked: bool = True,
     ) -> None:
-        """`forked`: peers need not import anything (forked.py); else they are started as a person starts them."""
+        """`forked`: peers need not import anything (scripts/forked.py); else they are started as people start them."""
         def hear(peer: LocalPeer, event: dict[str, Any]) -> None:
             if event["event"] == "ready":
                 self._give_way(peer)
@@ -85,8 +85,8 @@ class Swarm(LocalSwarm):
     def _launch(self, arguments: list[str]) -> subprocess.Popen[str]:
         if not self._forked:
             return super()._launch(arguments)
-        peer: Any = Forked(arguments)
-        return peer
+        forked: Any = Forked(peer, arguments)
+        return forked
 
     def _give_way(self, peer: LocalPeer) -> None:
         with contextlib.suppress(OSError):  # it has ended, or this is no Linux, or one without this

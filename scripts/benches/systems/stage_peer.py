@@ -111,11 +111,11 @@ def install(options: argparse.Namespace) -> None:
         calls.serve = serve_hub
 
 
-def main() -> int:
-    split = sys.argv.index("--")
-    install(parser().parse_args(sys.argv[1:split]))
-    return peer.main(sys.argv[split + 1:])
+def main(arguments: list[str]) -> int:
+    split = arguments.index("--")
+    install(parser().parse_args(arguments[:split]))
+    return peer.main(arguments[split + 1:])
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

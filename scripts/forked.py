@@ -1,18 +1,20 @@
 """Peers as processes of their own that need not import anything: forked from one that has loaded the libraries.
 
-A start of `python -m swarm.peer` takes 4 to 5 s of a processor until torch, transformers and hivemind are there, and
-the tests start some two hundred peers. Python's own fork server loads them once for each worker of the tests; a peer is
-then a fork of it, in a session of its own, that runs the same `main`. It starts in tens of milliseconds, and all else
-is as ever: sockets, p2pd, signals, SIGKILL. Tests of the start itself have it: `Swarm(..., forked=False)`.
+A start of `python -m swarm.peer` takes 4 to 5 s of a processor until torch, transformers and hivemind are there. The
+tests start some two hundred peers, and benchmarks restart them on a machine that plays six. Python's own fork server
+loads them once; a peer is then a fork of it that runs the same `main`. It starts in tens of milliseconds, and all else
+is as ever: sockets, p2pd, signals, SIGKILL.
 """
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 
@@ -23,12 +25,15 @@ _context.set_forkserver_preload(LOADED)
 
 
 class Forked:
-    """As much of `subprocess.Popen` as the tests use."""
+    """As much of `subprocess.Popen` as is needed of it."""
 
-    def __init__(self, arguments: list[str]) -> None:
-        """`arguments`: of `python -m swarm.peer`."""
+    def __init__(
+        self, main: Callable[[list[str]], int], arguments: Sequence[str], *, enter: Callable[[], object] = os.setsid
+    ) -> None:
+        """`main`: what runs with `arguments` and returns an exit code. `enter`: what is done in the new process before.
+        """
         (out, out_end), (err, err_end) = _context.Pipe(duplex=False), _context.Pipe(duplex=False)
-        self._process = _context.Process(target=_peer, args=(arguments, out_end, err_end))
+        self._process = _context.Process(target=_run, args=(main, list(arguments), enter, out_end, err_end))
         self._process.start()
         out_end.close()
         err_end.close()
@@ -70,17 +75,25 @@ def _text(end: Connection) -> io.TextIOWrapper:
     return file
 
 
-def _peer(arguments: list[str], out: Connection, err: Connection) -> None:
-    os.setsid()
+def peer(arguments: list[str]) -> int:
+    """As `python -m swarm.peer` does."""
+    from swarm.peer import main
+
+    sys.argv = ["swarm.peer", *arguments]
+    return main(arguments)
+
+
+def _run(
+    main: Callable[[list[str]], int], arguments: list[str], enter: Callable[[], object], out: Connection,
+    err: Connection,
+) -> None:
     for end, number in ((out, 1), (err, 2)):
         os.dup2(end.fileno(), number)
         end.close()
     sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
-    sys.argv = ["swarm.peer", *arguments]
-
-    from swarm import peer
-
-    code = peer.main(arguments)
-    sys.stdout.flush()
-    sys.stderr.flush()
+    enter()
+    code = main(arguments)
+    with contextlib.suppress(OSError):  # nobody reads it any more
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(code)
