@@ -26,8 +26,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-FOLDER = Path(__file__).resolve().parent
-sys.path[:0] = [str(FOLDER), str(FOLDER.parent)]  # this checkout, whichever one is installed
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, whichever one is installed
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from benches import churn, join, loss, memory, objectives, pipeline, placement, recipe, traffic, wan
 from benches import round as rounds
