@@ -16,7 +16,7 @@ from swarm.data.marks import Marks
 from swarm.data.mixture import open_mixture
 from swarm.data.objectives import make_objective
 from swarm.data.shards import find_shards
-from swarm.data.tokenizer import byte_tokenizer
+from swarm.data.tokenizer import byte_tokenizer, load_tokenizer
 from swarm.errors import HomeError
 from swarm.model.architecture import architecture
 from swarm.model.fragments import cut
@@ -24,6 +24,8 @@ from swarm.model.skeleton import skeleton
 
 RUNS = sorted((Path(__file__).parents[2] / "peers" / "runs").glob("*.yaml"))
 BYTES = byte_tokenizer()
+VOCABULARY = 832
+"""of the small run's model"""
 
 
 @pytest.fixture(params=RUNS, ids=lambda path: path.stem)
@@ -47,8 +49,9 @@ def test_its_model_can_be_cut_as_it_says(run):
 def test_its_vocabulary_has_room_for_its_objectives(run):
     if run.tokenizer == "bytes":
         marks = Marks.of(BYTES, architecture(run).get_text_config().vocab_size)
-    else:  # GPT-J's, whose own 50,257 tokens cannot be fetched here
-        marks = Marks(50256, (50257, 50258, 50259), tuple(range(50260, run.model.config["vocab_size"])))
+    else:  # GPT-J's own 50,257 tokens cannot be fetched here, and the small run's are made with its data
+        end, used = {"gpt-jt": (50256, 50257), "gpt-jt-small": (0, make_small_data.VOCABULARY)}[run.name]
+        marks = Marks(end, (used, used + 1, used + 2), tuple(range(used + 3, run.model.config["vocab_size"])))
     for phase in run.all_phases():
         assert make_objective(phase.objective, sequence_length=run.train.sequence_length, marks=marks)
 
@@ -105,7 +108,9 @@ def test_the_small_run_finds_its_data_in_the_published_formats(small):
 
 def test_the_small_run_trains_on_all_of_it_in_both_phases(small):
     tokens = [0]
-    mixture = open_mixture(small, BYTES, vocabulary=320, reader="anna", swarm_tokens=lambda: tokens[0])
+    mixture = open_mixture(
+        small, load_tokenizer(small), vocabulary=VOCABULARY, reader="anna", swarm_tokens=lambda: tokens[0]
+    )
     mixture.start()
     batch = mixture.next_batch(8)
     assert batch.tokens.shape == (8, small.train.sequence_length) and batch.segments is not None
@@ -124,7 +129,7 @@ def test_the_small_run_has_questions_and_rows_that_are_held_out(small):
     assert set(questions) == {"p3", "ni", "cot"} and all(len(of) > 5 for of in questions.values())
     labels = {question.labels for question in questions["p3"]} | {question.labels for question in questions["ni"]}
     assert {("animal", "food"), ("bad", "good"), ("even", "odd"), ("negative", "positive")} <= labels
-    assert set(held_out(small, BYTES, vocabulary=320, sequences=4)) == {"pile", "p3", "ni", "cot"}
+    assert set(held_out(small, load_tokenizer(small), vocabulary=VOCABULARY, sequences=4)) == {"pile", "p3", "ni", "cot"}
 
 
 def test_no_question_is_in_what_is_trained_on(small):
@@ -137,6 +142,18 @@ def test_no_question_is_in_what_is_trained_on(small):
             samples = list(shard.samples())
             assert len({sample.prompt or sample.text for sample in samples}) == len(samples)
     assert len({question.name for question in questions}) == len(questions)
+
+
+def test_the_tokenizer_has_the_words_of_the_tasks(small):
+    tokenizer = load_tokenizer(small)
+    assert small.model.config["vocab_size"] == VOCABULARY and len(tokenizer) <= make_small_data.VOCABULARY
+    assert small.model.config["eos_token_id"] == tokenizer.eos_token_id == 0
+    for _, make in make_small_data.INSTRUCTIONS.values():
+        for _, answer in make_small_data._pairs("labels", make, 0, 50):
+            assert len(tokenizer.encode(f" {answer}", add_special_tokens=False)) == 1, answer
+    assert len(tokenizer.encode(" 217", add_special_tokens=False)) >= 3, "parity is in the last digit"
+    for text in ("Q: 1 + 5 = ?\nA: 6", "def f(x):\n    return [x]  # caf\u00e9", "  two  spaces\n\n"):
+        assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) == text
 
 
 def test_the_answers_are_right():
@@ -157,7 +174,7 @@ def test_the_same_seed_makes_the_same_files_and_another_one_others(tmp_path):
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         make_small_data.write(tmp_path / name, seed=seed, examples=20, text_bytes=20_000)
     files = [path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*") if path.is_file()]
-    assert len(files) == 10
+    assert len(files) == 12
     same = [(tmp_path / "a" / f).read_bytes() == (tmp_path / "b" / f).read_bytes() for f in files]
     other = [(tmp_path / "a" / f).read_bytes() != (tmp_path / "c" / f).read_bytes() for f in files]
     assert all(same) and sum(other) >= 8
