@@ -39,8 +39,8 @@ OPPOSITES = [pair.split("-") for pair in (
 ).split()]
 COLOURS = "red blue green black white pink".split()
 VOCABULARY = 768
-"""of the tokenizer, 256 bytes and the end of a text among them. With a token a word a model of this size learns the tasks
-in minutes; byte by byte it was still guessing after 1.2 M of them, under every objective"""
+"""of the tokenizer, 256 bytes and the end of a text among them. With a token a word a model of this size learns the
+tasks in minutes; byte by byte it was still guessing after 1.2 M tokens, under every objective"""
 EOS = "<eos>"
 Pair = tuple[str, str]
 

@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 from bench import BENCHES
 from benches import recipe
 from local_swarm import LocalPeer, environment
+from make_small_data import FOLDER, write
 
 from swarm.asking.target import opened
 from swarm.config import run_from_dict
@@ -91,7 +92,11 @@ def test_both_are_measured_under_what_either_ended_with(document: dict[str, Any]
     assert recipe.objectives([recipe.causal_only(document)] * 2) == ["causal"]
 
 
-def test_the_start_is_the_runs_version_0_and_can_be_evaluated(document: dict[str, Any], tmp_path: Path) -> None:
+def test_the_start_is_the_runs_version_0_and_can_be_evaluated(
+    document: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / FOLDER, examples=20, text_bytes=20_000)
     document["model"]["config"] |= {"n_embd": 16, "n_head": 2, "rotary_dim": 4}
     run = run_from_dict(document, origin="test")
     recipe.write_start(run, tmp_path / "start")

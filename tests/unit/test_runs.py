@@ -129,7 +129,8 @@ def test_the_small_run_has_questions_and_rows_that_are_held_out(small):
     assert set(questions) == {"p3", "ni", "cot"} and all(len(of) > 5 for of in questions.values())
     labels = {question.labels for question in questions["p3"]} | {question.labels for question in questions["ni"]}
     assert {("animal", "food"), ("bad", "good"), ("even", "odd"), ("negative", "positive")} <= labels
-    assert set(held_out(small, load_tokenizer(small), vocabulary=VOCABULARY, sequences=4)) == {"pile", "p3", "ni", "cot"}
+    rows = held_out(small, load_tokenizer(small), vocabulary=VOCABULARY, sequences=4)
+    assert set(rows) == {"pile", "p3", "ni", "cot"}
 
 
 def test_no_question_is_in_what_is_trained_on(small):
