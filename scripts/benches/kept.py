@@ -23,7 +23,7 @@ class Kept:
 
     def figures(self, key: str) -> dict[str, Any] | None:
         """What `keep` was given under this key; None: nothing yet."""
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             found = json.loads(self._file(key, "json").read_text())
             return dict(found["figures"]) if found["key"] == key else None
         return None

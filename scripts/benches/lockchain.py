@@ -139,8 +139,11 @@ class LockChain:
             self.run, fragment=index, version=state.version, tokens=state.tokens, staggered=True
         )
         if last or sum(holder.ledgers[index].pending_tokens for holder in holders) >= target:
-            working = [holder for holder in holders if holder.ledgers[index].pending_tokens]  # others have no say
-            opening, state, _ = average(self.run, index, working)
+            names = {
+                f"peer-{number}": holder for number, holder in enumerate(holders)
+                if holder.ledgers[index].pending_tokens  # others have no say
+            }
+            opening, state, _ = average(self.run, index, list(names.values()), names=list(names))
             self._arriving.append((index, opening, state))
 
     def _apply(self) -> None:

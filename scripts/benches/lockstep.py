@@ -77,8 +77,8 @@ class Simulation:
         self.finish()
         rate = outer.learning_rate(self.run, self.tokens)
         sequences = self.run.train.batch_sequences
-        for peer, batch in zip(self.peers, self._stream.next_batch(sequences * len(self.peers)).split(sequences),
-                               strict=True):
+        batches = self._stream.next_batch(sequences * len(self.peers)).split(sequences)
+        for peer, batch in zip(self.peers, batches, strict=True):
             peer.inner.gradients(batch)
             peer.inner.step(rate)
             for ledger in peer.ledgers:
