@@ -93,7 +93,7 @@ class AveragingConfig:
     """on the wire: 4, 8 or 32 a value (norms, biases and embeddings at least 8)"""
     outer_learning_rate: float = 0.7
     outer_momentum: float = 0.9
-    """Nesterov's. There is no rule by the number of rounds, since what was measured goes both ways: from cold, 21 rounds
+    """Nesterov's. No rule follows from the number of rounds, for what was measured goes both ways: from cold, 21 rounds
     of the demo ended 2 % better with 0.5 than with 0.7, and 45 rounds of 65 inner steps 1 % better with 0.9 than with
     0.5; after a checkpoint, 31 rounds with 0.9 cost nothing. Symptom of too much: a loss that swings with the rounds"""
     first_round_tokens: int = 0

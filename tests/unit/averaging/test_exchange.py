@@ -4,18 +4,14 @@ downloaded the version before (I1)."""
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
-
 import pytest
 
 from swarm.averaging import outer
 from swarm.averaging.outer import OuterStep
-from swarm.config import RunConfig
-from tests.unit.averaging.four_peers import Tell, learn, meet, open_round
+from tests.unit.averaging.four_peers import Tell, learn, open_round
 from tests.unit.averaging.simulation import Peer
 
 pytestmark = pytest.mark.usefixtures("small_pieces")
-MakeRun = Callable[..., RunConfig]
 
 
 @pytest.fixture
@@ -53,7 +49,9 @@ def agree(peers: list[Peer]) -> bool:
 def test_three_join_one_by_a_download_and_all_start_the_momentum_again(tell: Tell, steps: list[OuterStep]) -> None:
     async def story(peers: list[Peer]) -> None:
         await alone(peers[0], 3)
-        meet(peers)
+        for peer in peers:
+            peer.start_beating()
+        await asyncio.sleep(2)
         for peer in peers[1:]:
             assert await peer.averager.synchroniser.join() == 1
             [state] = peer.averager.states()
@@ -75,7 +73,9 @@ def test_three_join_one_by_a_download_and_all_start_the_momentum_again(tell: Tel
 def test_one_joins_one_and_the_momentum_goes_on(tell: Tell, steps: list[OuterStep]) -> None:
     async def story(peers: list[Peer]) -> None:
         await alone(peers[0], 2)
-        meet(peers)
+        for peer in peers:
+            peer.start_beating()
+        await asyncio.sleep(2)
         await peers[1].averager.synchroniser.join()
         assert await open_round(peers[:2]) is not None
         await asyncio.sleep(1)
