@@ -4,6 +4,7 @@ downloaded the version before (I1)."""
 from __future__ import annotations
 
 import asyncio
+
 import pytest
 
 from swarm.averaging import outer
