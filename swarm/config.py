@@ -90,7 +90,7 @@ class AveragingConfig:
     max_round_s: float = 60.0
     """a round opens after this many seconds even with fewer tokens"""
     bits: int = 4
-    """on the wire: 4, 8 or 32 a value (norms, biases and embeddings at least 8)"""
+    """on the wire: 2 (thin links), 4, 8 or 32 a value (norms, biases and embeddings at least 8)"""
     outer_learning_rate: float = 0.7
     outer_momentum: float = 0.9
     """Nesterov's. No rule follows from the number of rounds, for what was measured goes both ways: from cold, 21 rounds
@@ -345,7 +345,7 @@ def _check_run(run: RunConfig) -> None:
     need(all(0 <= beta < 1 for beta in train.betas), "train.betas must be 0 to below 1")
     need(train.weight_decay >= 0 and train.clip_norm >= 0, "train.weight_decay and clip_norm must not be negative")
     need(averaging.mode in ("local", "sync"), "averaging.mode must be local or sync", f"got {shown(averaging.mode)}")
-    need(averaging.bits in (4, 8, 32), "averaging.bits must be 4, 8 or 32", f"got {shown(averaging.bits)}")
+    need(averaging.bits in (2, 4, 8, 32), "averaging.bits must be 2, 4, 8 or 32", f"got {shown(averaging.bits)}")
     need(averaging.mode == "local" or averaging.bits == 32, "averaging.mode sync is exact: it needs bits 32")
     bits = run.pipeline.activation_bits
     need(bits in (4, 8, 32), "pipeline.activation_bits must be 4, 8 or 32", f"got {shown(bits)}")

@@ -120,7 +120,7 @@ runs = st.builds(
     seed=st.integers(0, 2**31 - 1),
     fragments=st.integers(1, 256),
     train=st.builds(TrainConfig, learning_rate=st.floats(1e-9, 10), betas=st.tuples(*[st.floats(0, 0.999)] * 2)),
-    averaging=st.builds(AveragingConfig, bits=st.sampled_from([4, 8, 32]), tokens_per_round=st.integers(1)),
+    averaging=st.builds(AveragingConfig, bits=st.sampled_from([2, 4, 8, 32]), tokens_per_round=st.integers(1)),
     pipeline=st.builds(PipelineConfig, activation_bits=st.sampled_from([4, 8, 32])),
 )
 
@@ -250,7 +250,7 @@ def test_numbers_beyond_all_bounds_are_stated_errors():
         ({"data__hub": "x"}, "exactly one of stdlib, files and hub"),
         ({"data__files": "a.txt"}, "data.files must be"),
         ({"data__held_out_percent": 0}, "held_out_percent"),
-        ({"averaging__bits": 3}, "averaging.bits must be 4, 8 or 32"),
+        ({"averaging__bits": 3}, "averaging.bits must be 2, 4, 8 or 32"),
         ({"averaging__mode": "global"}, "averaging.mode must be local or sync"),
         ({"averaging__mode": "sync"}, "needs bits 32"),
         ({"pipeline__activation_bits": 2}, "pipeline.activation_bits must be 4, 8 or 32"),
