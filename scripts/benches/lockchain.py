@@ -134,13 +134,16 @@ class LockChain:
 
     def _round_if_due(self, index: int, *, last: bool) -> None:
         holders = self._holders(index)
+        state = holders[0].ledgers[index].state
         target = plan.target_tokens(
-            self.run.averaging.tokens_per_round, self.run.fragments, fragment=index,
-            version=holders[0].ledgers[index].state.version, staggered=True,
+            self.run, fragment=index, version=state.version, tokens=state.tokens, staggered=True
         )
         if last or sum(holder.ledgers[index].pending_tokens for holder in holders) >= target:
-            working = [holder for holder in holders if holder.ledgers[index].pending_tokens]  # others have no say
-            opening, state, _ = average(self.run, index, working)
+            names = {
+                f"peer-{number}": holder for number, holder in enumerate(holders)
+                if holder.ledgers[index].pending_tokens  # others have no say
+            }
+            opening, state, _ = average(self.run, index, list(names.values()), names=list(names))
             self._arriving.append((index, opening, state))
 
     def _apply(self) -> None:

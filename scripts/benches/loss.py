@@ -1,135 +1,66 @@
-"""Is quantisation free? Held-out loss with int4 on the wire against fp32, same seeds, same tokens.
+"""What rounds cost: held-out loss in lock-step (benches/lockstep.py), same seeds, same tokens.
 
-A swarm of real peers is timed by the machine it runs on, so two runs of it never see the same rounds. Here K peers
-take turns in one process and everything else is the product's own code: model, data, inner optimizer, ledger, codec,
-reduction and outer step. A round's result arrives one inner step after the contribution, as on a quick link.
+    bits         is quantisation free? fewer bits on the wire against fp32, with the rounds of the run config
+    checkpoint   from a trained model: 200 to 2000 times fewer bytes than data parallelism (loss_rounds.py)
+    cold         the same from scratch, with and without rounds that grow
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import statistics
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from benches.lockstep import average
-from swarm.averaging import outer, plan
-from swarm.averaging.global_state import GlobalState
-from swarm.averaging.ledger import Drift, Ledger
-from swarm.config import RunConfig, load_run
+from benches import loss_rounds
+from benches import options as common
+from benches.lockstep import Simulation
+from benches.pipeline_loss import Text
+from swarm.config import RunConfig
 from swarm.data.batch import Batch
-from swarm.data.sources import documents
-from swarm.data.stream import PackedStream, held_out_batches, tokenise
-from swarm.data.tokenizer import load_tokenizer
-from swarm.host.presets import preset_path
 from swarm.model.evaluate import held_out_loss
-from swarm.train.inner import InnerOptimizer
-from swarm.train.run_source import Held, hold, load_states
+from swarm.train.run_source import load_states
 
 NAME = "loss"
-HELP = "held-out loss by bits on the wire, same seeds and tokens"
-
-
-@dataclass
-class Peer:
-    held: Held
-    inner: InnerOptimizer
-    ledgers: list[Ledger]
-    stream: PackedStream
-    feedback: dict[tuple[int, int, int], torch.Tensor]
-
-
-class Simulation:
-    """K whole-model peers of one run, in lock-step."""
-
-    def __init__(self, run: RunConfig, *, num_peers: int, tokens: torch.Tensor) -> None:
-        self.run, self.tokens = run, 0
-        self.bytes_sent = 0
-        first = hold(run)
-        self.peers = [self._peer(copy.deepcopy(first), f"peer-{number}", tokens) for number in range(num_peers)]
-        self._arriving: list[tuple[int, str, GlobalState]] = []
-        self._since = [0] * run.fragments
-
-    def _peer(self, held: Held, name: str, tokens: torch.Tensor) -> Peer:
-        parameters = dict(held.model.named_parameters())
-        ledgers = [
-            Ledger(state, Drift(held.layouts[index], parameters)) for index, state in held.states.items()
-        ]
-        stream = PackedStream(tokens, sequence_length=self.run.train.sequence_length, seed=self.run.seed, reader=name)
-        return Peer(held, InnerOptimizer(held.model, held.fragments, self.run), ledgers, stream, {})
-
-    def step(self) -> None:
-        """One inner step of every peer; then rounds that are due."""
-        for index, opening, state in self._arriving:
-            for peer in self.peers:
-                peer.ledgers[index].apply(state, opening, included=True)
-        self._arriving = []
-        rate = outer.learning_rate(self.run, self.tokens)
-        for peer in self.peers:
-            batch = peer.stream.next_batch(self.run.train.batch_sequences)
-            peer.inner.gradients(batch)
-            peer.inner.step(rate)
-            for ledger in peer.ledgers:
-                ledger.trained(batch.numel())
-            self.tokens += batch.numel()
-        complete = self.tokens >= self.run.train.total_tokens
-        for index in range(self.run.fragments):
-            pending = sum(peer.ledgers[index].pending_tokens for peer in self.peers)
-            state = self.peers[0].ledgers[index].state
-            target = plan.target_tokens(
-                self.run.averaging.tokens_per_round, self.run.fragments, fragment=index, version=state.version,
-                staggered=True,
-            )
-            if pending >= target or complete:
-                self._round(index)
-
-    def _round(self, index: int) -> None:
-        opening, state, sent = average(self.run, index, self.peers)
-        self.bytes_sent += sent
-        self._arriving.append((index, opening, state))
-
-    def finish(self) -> None:
-        """Apply what is on its way, so that the model is the one that a peer would export."""
-        for index, opening, state in self._arriving:
-            for peer in self.peers:
-                peer.ledgers[index].apply(state, opening, included=True)
-        self._arriving = []
+HELP = "held-out loss by bits on the wire and length of rounds, same seeds and tokens"
+CASES = ("bits", "checkpoint", "cold")
+QUICK_TOKENS = 100_000
+QUICK_SEQUENCES, SEQUENCES = 60, 400
+"""held out"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--run", help="run config (the demo run)")
-    parser.add_argument("--peers", type=int, default=3)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--tokens", type=int, help="swarm tokens of each run (the run config's)")
-    parser.add_argument("--bits", type=int, nargs="+", default=[32, 8, 4])
-    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="averaging settings to try")
+    common.add_run(parser)
+    parser.add_argument("--case", choices=CASES, default="bits", help="what to find out (bits)")
+    parser.add_argument("--peers", type=int, nargs="+", metavar="N", help="how many (bits: 3; else 4 and 8)")
+    parser.add_argument("--seeds", type=int, default=3, help="how many (3)")
+    parser.add_argument(
+        "--tokens", type=int, help="of the whole swarm; with a checkpoint: after it (bits: the run config's)"
+    )
+    parser.add_argument("--bits", type=int, nargs="+", default=[32, 8, 4], help="bits: a value on the wire (32 8 4)")
+    loss_rounds.add_arguments(parser)
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     torch.set_num_threads(1)
-    run = load_run(options.run or preset_path("runs/demo.yaml"))
-    total = options.tokens or (100_000 if options.quick else run.train.total_tokens)
+    run = common.run_of(options)
+    text = Text(run, num_sequences=QUICK_SEQUENCES if options.quick else SEQUENCES)
+    if options.case != "bits":
+        return loss_rounds.measure(options, run, text)
+    total = options.tokens or (QUICK_TOKENS if options.quick else run.train.total_tokens)
     seeds = 1 if options.quick else options.seeds
-    train_text, held_out_text = documents(run.data)
-    tokenizer = load_tokenizer(run)
-    tokens = tokenise(train_text, tokenizer)
-    sequences = held_out_batches(
-        tokenise(held_out_text, tokenizer), sequence_length=run.train.sequence_length, num_sequences_max=400
-    )
-    pairs = (setting.split("=") for setting in options.set)
-    settings = {key: float(value) if "." in value else int(value) for key, value in pairs}
+    num_peers = (options.peers or [3])[0]
     losses: dict[int, list[float]] = {bits: [] for bits in options.bits}
-    for seed in range(seeds):
+    for seed in range(run.seed, run.seed + seeds):
         for bits in options.bits:
             setup = replace(
                 run, seed=seed, train=replace(run.train, total_tokens=total),
-                averaging=replace(run.averaging, **{**settings, "bits": bits}),
+                averaging=replace(run.averaging, bits=bits),
             )
-            losses[bits].append(one(setup, tokens, sequences, num_peers=options.peers))
+            losses[bits].append(one(setup, text.tokens, text.sequences, num_peers=num_peers))
             print(f"seed {seed}  {bits:2} bits  {losses[bits][-1]:.4f} nats/token", flush=True)
     rows = {
         str(bits): {
@@ -141,7 +72,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         }
         for bits, values in losses.items()
     }
-    return {"tokens": total, "peers": options.peers, "seeds": seeds, "baseline_bits": options.bits[0], "bits": rows}
+    return {"tokens": total, "peers": num_peers, "seeds": seeds, "baseline_bits": options.bits[0], "bits": rows}
 
 
 def one(run: RunConfig, tokens: torch.Tensor, sequences: Batch, *, num_peers: int) -> float:
@@ -161,6 +92,8 @@ def one(run: RunConfig, tokens: torch.Tensor, sequences: Batch, *, num_peers: in
 
 
 def table(result: dict[str, Any]) -> str:
+    if "rows" in result:
+        return loss_rounds.table(result)
     lines = [f"{result['peers']} peers, {result['tokens']:,} tokens, {result['seeds']} seeds; held-out nats/token"]
     lines.append("| bits | median | min | max | gap of each seed, % |")
     lines.append("|---|---|---|---|---|")

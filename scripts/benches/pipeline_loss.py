@@ -92,7 +92,7 @@ class Text:
         train, held_out = documents(run.data)
         tokenizer = load_tokenizer(run)
         self.tokens = tokenise(train, tokenizer)
-        self._sequences = held_out_batches(
+        self.sequences = held_out_batches(
             tokenise(held_out, tokenizer), sequence_length=run.train.sequence_length,
             num_sequences_max=num_sequences,
         )
@@ -105,7 +105,7 @@ class Text:
             for index, flat in weights.items():
                 for name, values in held.layouts[index].views(flat):
                     parameters[name].copy_(values)
-        return held_out_loss(held.model, self._sequences)
+        return held_out_loss(held.model, self.sequences)
 
 
 def links(

@@ -185,9 +185,9 @@ class Applier:
         return self._context.run.averaging.bits
 
     def _step(self, state: GlobalState, commit: Commit, average: torch.Tensor) -> GlobalState:
-        step = outer.OuterStep(self._context.run, commit.opening.version, state.tokens, state.tokens + commit.tokens)
-        weights, buffers = outer.apply(step, state.weights, list(state.buffers), average, self._decay)
-        new = GlobalState(self.fragment, step.version, step.tokens_after, weights, tuple(buffers))
+        members = commit.opening.members
+        contributions = {members[contributor.member]: contributor.tokens for contributor in commit.contributors}
+        new = outer.advance(self._context.run, state, contributions, average, self._decay)
         new.digest  # noqa: B018 - hash here, in a worker thread
         return new
 

@@ -16,7 +16,9 @@ from typing import Any
 
 import torch
 
+from swarm.averaging import roll
 from swarm.averaging.global_state import HASH_BYTES, GlobalState, chunk_length, digest_of, num_chunks
+from swarm.averaging.roll import Roll
 from swarm.errors import BadMessage, NetworkError, PeerRefused, StateError
 from swarm.network.endpoint import Endpoint
 from swarm.network.records import MAX_TOKENS, Head
@@ -54,7 +56,8 @@ class Donor:
     def manifest(self, digest: object) -> tuple[dict[str, Any], bytes]:
         """Of the version with this digest; None: of the newest one, which is kept from now on."""
         state = self.find(next(iter(self._states())).digest if digest is None else digest)
-        return {"version": state.version, "tokens": state.tokens}, state.chunk_hashes
+        header = {"version": state.version, "tokens": state.tokens, "roll": roll.to_json(state.roll)}
+        return header, state.chunk_hashes
 
     def chunk(self, digest: object, index: object) -> bytes:
         state = self.find(digest)
@@ -92,6 +95,7 @@ class _Transfer:
     todo: list[int]
     done: int = 0
     in_flight: int = 0
+    roll: Roll = ()
 
 
 async def download(
@@ -112,7 +116,7 @@ async def download(
             why="every peer that had this version has gone or moved on", do="it is tried again with a newer version",
         )
     weights, *buffers = transfer.tensors
-    state = GlobalState(wanted.fragment, transfer.version, transfer.tokens, weights, tuple(buffers))
+    state = GlobalState(wanted.fragment, transfer.version, transfer.tokens, weights, tuple(buffers), transfer.roll)
     if await asyncio.to_thread(lambda: state.digest) != wanted.digest:
         raise StateError(f"fragment {wanted.fragment}: the downloaded state does not match its digest")
     return state
@@ -127,8 +131,8 @@ async def newest_head(
     header, hashes = await endpoint.call(
         donor, "state", {"fragment": fragment}, deadline_s=CHUNK_S, max_answer=total * HASH_BYTES, maddrs=maddrs(donor)
     )
-    version, tokens = _check_manifest(header, hashes, total)
-    return Head(version=version, digest=digest_of(fragment, version, tokens, hashes), tokens=tokens)
+    version, tokens, listed = _check_manifest(header, hashes, total)
+    return Head(version=version, digest=digest_of(fragment, version, tokens, hashes, listed), tokens=tokens)
 
 
 async def _manifest(
@@ -142,25 +146,25 @@ async def _manifest(
                 donor, "state", {"fragment": wanted.fragment, "digest": wanted.digest}, deadline_s=CHUNK_S,
                 max_answer=total * HASH_BYTES, maddrs=maddrs(donor),
             )
-            version, tokens = _check_manifest(header, hashes, total)
-            if digest_of(wanted.fragment, version, tokens, hashes) != wanted.digest:
+            version, tokens, listed = _check_manifest(header, hashes, total)
+            if digest_of(wanted.fragment, version, tokens, hashes, listed) != wanted.digest:
                 raise BadMessage("a manifest that does not match the digest")
             tensors = [torch.empty(wanted.numel) for _ in range(1 + wanted.num_buffers)]
-            return _Transfer(wanted, version, tokens, hashes, tensors, list(range(total))[::-1])
+            return _Transfer(wanted, version, tokens, hashes, tensors, list(range(total))[::-1], roll=listed)
         except NetworkError as error:
             log.info("no manifest from %s: %s", donor[-6:], error)
             problem = error
     raise StateError(f"fragment {wanted.fragment}: nobody gave the manifest of {wanted.digest[:12]}", why=str(problem))
 
 
-def _check_manifest(header: dict[str, Any], hashes: bytes, total: int) -> tuple[int, int]:
-    """(version, tokens). Raises BadMessage."""
+def _check_manifest(header: dict[str, Any], hashes: bytes, total: int) -> tuple[int, int, Roll]:
+    """(version, tokens, roll). Raises BadMessage."""
     version, tokens = header.get("version"), header.get("tokens")
     if not (type(version) is int and type(tokens) is int and version >= 0 and tokens >= 0):  # True is an int too
         raise BadMessage("a manifest without version and tokens")
     if len(hashes) != total * HASH_BYTES or version > MAX_VERSION or tokens > MAX_TOKENS:
         raise BadMessage("a manifest of another shape than the run config's")
-    return version, tokens
+    return version, tokens, roll.from_json(header.get("roll", []))
 
 
 async def _fetch_from(

@@ -1,7 +1,7 @@
 """A fragment's global state at one version: weights and outer optimizer buffers, the digest that names them, and the
 hashed chunks in which a newcomer downloads them.
 
-    digest = SHA-256(fragment | version | tokens | SHA-256 of each chunk of (weights, buffers...))
+    digest = SHA-256(fragment | version | tokens | SHA-256 of each chunk of (weights, buffers...) | roll, if any)
 
 Immutable: an outer step makes a new one. Whoever serves an old version to a newcomer simply keeps a reference to it.
 """
@@ -15,6 +15,8 @@ from functools import cached_property
 from typing import Protocol
 
 import torch
+
+from swarm.averaging.roll import Roll, canonical
 
 CHUNK_BYTES = 256 * 1024
 HASH_BYTES = 32
@@ -30,6 +32,8 @@ class GlobalState:
     """fp32 [numel], CPU"""
     buffers: tuple[torch.Tensor, ...] = field(repr=False)
     """fp32 [numel] each, CPU"""
+    roll: Roll = field(default=(), repr=False)
+    """who has contributed of late; empty in `sync` runs, which do not ask"""
 
     @cached_property
     def chunk_hashes(self) -> bytes:
@@ -37,7 +41,7 @@ class GlobalState:
 
     @cached_property
     def digest(self) -> str:
-        return digest_of(self.fragment, self.version, self.tokens, self.chunk_hashes)
+        return digest_of(self.fragment, self.version, self.tokens, self.chunk_hashes, self.roll)
 
     @property
     def num_chunks(self) -> int:
@@ -71,8 +75,9 @@ def initial_state(fragment: int, weights: torch.Tensor, num_buffers: int) -> Glo
     return GlobalState(fragment, 0, 0, weights, tuple(torch.zeros_like(weights) for _ in range(num_buffers)))
 
 
-def digest_of(fragment: int, version: int, tokens: int, chunk_hashes: bytes) -> str:
-    return hashlib.sha256(b"swarm state\0" + struct.pack("<IQQ", fragment, version, tokens) + chunk_hashes).hexdigest()
+def digest_of(fragment: int, version: int, tokens: int, chunk_hashes: bytes, roll: Roll = ()) -> str:
+    head = b"swarm state\0" + struct.pack("<IQQ", fragment, version, tokens)
+    return hashlib.sha256(head + chunk_hashes + (canonical(roll) if roll else b"")).hexdigest()
 
 
 def num_chunks(numel: int, num_buffers: int) -> int:

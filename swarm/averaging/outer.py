@@ -9,10 +9,13 @@ square root; never addcmul, lerp or `alpha=`, whose kernels may fuse), so every 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
+from swarm.averaging import roll
+from swarm.averaging.global_state import GlobalState
 from swarm.config import RunConfig
 
 
@@ -26,10 +29,17 @@ class OuterStep:
     tokens_before: int
     tokens_after: int
 
+    restart: bool = False
+    """the swarm that the momentum is of is not there any more (roll.py)"""
+
     @property
     def last(self) -> bool:
-        """The round in which the run's tokens are complete ends with a plain average: 0.5 % better on short runs."""
-        return self.tokens_before < self.run.train.total_tokens <= self.tokens_after
+        """The round in which the run's tokens are complete is a plain average: 0.5 % better on short runs. Tokens that
+        are still on their way are only estimated, so a round may end just before: an eighth of one is near enough, and
+        the few that are left are averaged plainly too."""
+        total = self.run.train.total_tokens
+        near = self.run.averaging.tokens_per_round // 8 if self.run.averaging.mode == "local" else 0
+        return self.tokens_before < total <= self.tokens_after + near
 
 
 def num_buffers(run: RunConfig) -> int:
@@ -50,6 +60,18 @@ def learning_rate(run: RunConfig, swarm_tokens: int) -> float:
     return train.learning_rate * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done)))
 
 
+def advance(
+    run: RunConfig, state: GlobalState, contributions: Mapping[str, int], average: torch.Tensor, decay: torch.Tensor
+) -> GlobalState:
+    """The next version. `contributions`: peer id -> tokens, of those in the commit; `average`, `decay`: see `apply`."""
+    version, tokens = state.version + 1, state.tokens + sum(contributions.values())
+    listed = roll.after(state.roll, version, contributions) if run.averaging.mode == "local" else ()
+    shock = roll.is_shock(state.roll, listed, version=version, limit=run.averaging.momentum_restart)
+    step = OuterStep(run, version, state.tokens, tokens, restart=shock)
+    weights, buffers = apply(step, state.weights, list(state.buffers), average, decay)
+    return GlobalState(state.fragment, version, tokens, weights, tuple(buffers), listed)
+
+
 def apply(
     step: OuterStep, weights: torch.Tensor, buffers: list[torch.Tensor], average: torch.Tensor, decay: torch.Tensor
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
@@ -61,7 +83,8 @@ def apply(
     if not buffers:
         change = torch.mul(average, step.run.averaging.outer_learning_rate)
         return torch.sub(weights, change, out=change), []
-    momentum = torch.mul(buffers[0], step.run.averaging.outer_momentum)
+    kept = 0.0 if step.restart else step.run.averaging.outer_momentum
+    momentum = torch.mul(buffers[0], kept)
     momentum.add_(average)
     change = torch.mul(momentum, step.run.averaging.outer_momentum)
     change.add_(average)

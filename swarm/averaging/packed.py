@@ -1,7 +1,7 @@
 """A flat vector that is kept for later in a byte a value: what quantising has lost, until it is said in the next round.
 
 In blocks of 256 with a scale each, as int8 travels (swarm/network/codec.py). What is lost of a loss is at most a 254th
-of the largest in its block, which was itself at most half a quantum of what was sent.
+of the largest in its block, and that is at most a quantum or two of what was sent.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from swarm.averaging import roll
 from swarm.averaging.apply import Applier
 from swarm.averaging.context import Context
 from swarm.averaging.messages import Commit, Contributor, Opening, Part, PartResult, result_message
@@ -154,11 +155,12 @@ class PartOwner:
             before = self._feedback.get(span)
             values = {opening.members[member]: gathered.received[index][member][1] for member, _ in contributors}
             tokens = {opening.members[member]: count for member, count in contributors}
+            warm = roll.warmth(self._applier.ledger.state.roll, tokens, self._context.run)
 
             def compute() -> tuple[bytes, Packed | None]:
                 feedback = torch.zeros(num_values) if before is None else before.read()
                 fine = self._layout.fine_in(*span)
-                data, left = reduce_part(values, tokens, feedback, num_fine=fine, bits=self._bits)
+                data, left = reduce_part(values, tokens, feedback, num_fine=fine, bits=self._bits, warmth=warm)
                 return data, Packed.of(left) if self._bits < 32 else None
 
             data, left = await self._context.compute(compute, num_values=num_values * len(values))

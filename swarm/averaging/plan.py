@@ -7,6 +7,8 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 
+from swarm.config import AveragingConfig, RunConfig
+
 PIECES = 4
 """parts of one owner: while the last one still arrives, the first one's result is on its way"""
 MIN_PIECE_BLOCKS = 1024
@@ -35,12 +37,31 @@ def leaders(reaches: Mapping[str, str], *, others_outbound: bool = False) -> lis
     return [peer_id for peer_id, reach in reaches.items() if reach in allowed] or list(reaches)
 
 
-def target_tokens(tokens_per_round: int, num_fragments: int, *, fragment: int, version: int, staggered: bool) -> int:
-    """Swarm tokens since the last commit at which a fragment is due. The first rounds are shorter by the fragment's
-    place, and so fragments take turns from then on: the uplink is used evenly and results are fresh."""
-    if staggered and version == 0:
-        return max(1, tokens_per_round * (fragment + 1) // num_fragments)
-    return tokens_per_round
+def target_tokens(run: RunConfig, *, fragment: int, version: int, tokens: int, staggered: bool) -> int:
+    """Swarm tokens since the last commit at which a fragment is due that has trained `tokens` in `version` rounds.
+
+    The first round is shorter by the fragment's place, and so fragments take turns from then on: the uplink is used
+    evenly and results are fresh. Growing rounds keep that order, for all grow by the same rule. What is left of the
+    run after a round is never too little for one: all fragments end with the run, in a round of half to one and a half
+    times the usual tokens, which is the plain average (outer.py).
+    """
+    if not staggered:
+        return run.averaging.tokens_per_round
+    length = round_tokens(run.averaging, tokens)
+    if version == 0:
+        length = max(1, length * (fragment + 1) // run.fragments)
+    left = run.train.total_tokens - tokens
+    return left if 0 < 2 * left < 3 * length else length
+
+
+def round_tokens(averaging: AveragingConfig, tokens: int) -> int:
+    """Tokens of a usual round, once so many are trained: from `first_round_tokens` up in a straight line. A fresh model
+    wants short rounds (H of 20 inner steps cost nothing from cold where 65 cost 12 %, and 9 % with a ramp; once
+    it is trained, 65 cost nothing)."""
+    first, full = averaging.first_round_tokens, averaging.tokens_per_round
+    if not first or tokens >= averaging.ramp_tokens:
+        return full
+    return first + (full - first) * tokens // averaging.ramp_tokens
 
 
 def split(num_blocks: int, owners: Sequence[str]) -> list[tuple[int, int, str]]:
@@ -63,10 +84,12 @@ def waves(owners: Sequence[int]) -> list[list[int]]:
     return list(order.values())
 
 
-def weights(tokens: Mapping[str, int]) -> dict[str, float]:
-    """Share of each contribution in the average, by tokens, capped; they add up to 1."""
+def weights(tokens: Mapping[str, int], warmth: Mapping[str, float] | None = None) -> dict[str, float]:
+    """Share of each contribution in the average, by tokens, capped; they add up to 1. `warmth` (roll.py): the part of
+    its tokens for which each one counts, over 0 and at most 1; who is not named counts in full."""
     cap = WEIGHT_CAP * statistics.median(tokens.values())
-    capped = {peer_id: min(float(count), cap) for peer_id, count in sorted(tokens.items())}
+    warm = warmth or {}
+    capped = {peer_id: min(float(count), cap) * warm.get(peer_id, 1.0) for peer_id, count in sorted(tokens.items())}
     total = math.fsum(capped.values())
     return {peer_id: count / total for peer_id, count in capped.items()}
 

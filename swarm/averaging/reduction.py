@@ -19,9 +19,12 @@ NORM_LIMIT = 4.0
 """times the median norm per square root of tokens; honest peers differ by less, a sign flip times 1000 does not"""
 
 
-def combine(contributions: Mapping[str, torch.Tensor], tokens: Mapping[str, int]) -> torch.Tensor:
-    """Tokens-weighted mean of pseudo-gradients, fp32 [numel] each; keys are peer ids, summed in their order."""
-    shares = plan.weights(tokens)
+def combine(
+    contributions: Mapping[str, torch.Tensor], tokens: Mapping[str, int], warmth: Mapping[str, float] | None = None
+) -> torch.Tensor:
+    """Tokens-weighted mean of pseudo-gradients, fp32 [numel] each; keys are peer ids, summed in their order. `warmth`:
+    see `plan.weights`."""
+    shares = plan.weights(tokens, warmth)
     scales = _clip_scales(contributions, tokens)
     total = torch.zeros_like(next(iter(contributions.values())))
     for peer_id in sorted(contributions):
@@ -40,12 +43,12 @@ def _clip_scales(contributions: Mapping[str, torch.Tensor], tokens: Mapping[str,
 
 def reduce_part(
     contributions: Mapping[str, torch.Tensor], tokens: Mapping[str, int], feedback: torch.Tensor, *,
-    num_fine: int, bits: int,
+    num_fine: int, bits: int, warmth: Mapping[str, float] | None = None,
 ) -> tuple[bytes, torch.Tensor]:
     """(result bytes, new feedback): the average plus what earlier results of this owner lost, quantised once.
 
     `feedback` fp32 [numel] is charged only when the result is in a commit; until then the caller keeps the old one.
     """
-    wanted = combine(contributions, tokens) + feedback
+    wanted = combine(contributions, tokens, warmth) + feedback
     data, said = codec.encode_and_read(wanted, num_fine, bits)
     return data, wanted - said

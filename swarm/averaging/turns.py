@@ -149,9 +149,10 @@ class Turns:
             return None
         if self._sync_mode and self._all_are_whole() and mine > 0 and all(tokens > 0 for tokens in others.values()):
             return 0
+        state = fragment.ledger.state
         target = plan.target_tokens(
-            averaging.tokens_per_round, self._context.run.fragments, fragment=fragment.index,
-            version=fragment.ledger.state.version, staggered=not self._sync_mode,
+            self._context.run, fragment=fragment.index, version=state.version, tokens=state.tokens,
+            staggered=not self._sync_mode,
         )
         overdue = now - fragment.opened_at >= averaging.max_round_s
         i_leave = (self._is_leaving() or fragment.leaving) and mine > 0

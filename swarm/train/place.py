@@ -94,7 +94,8 @@ class Ways:
         out by trying it."""
         run, self._planner = planner.run, planner
         largest = max(size.num_parameters for size in planner.sizes)
-        round_bytes = largest * run.averaging.bits * 5 // 4 // 8  # a quarter is 8-bit
+        bits = run.averaging.bits
+        round_bytes = largest * (3 * bits + max(8, bits)) // 32  # a quarter is 8-bit
         self._settings = choices(run, config, device, round_bytes=round_bytes, problem=problem)
         self._known: list[Planner] = []
 

@@ -1,7 +1,8 @@
 """One fragment's global state in one safetensors file: weights, buffer-0, ...; fp32. Checkpoints and spares are made
 of these.
 
-    {"__metadata__": {"fragment": "3", "version": "42", "tokens": "1200000", "digest": "9f86d0..."}, "weights": ...}
+    {"__metadata__": {"fragment": "3", "version": "42", "tokens": "1200000", "digest": "9f86d0...", "roll": "[...]"},
+     "weights": ...}
 
 It is written tensor by tensor, so that writing needs no memory, and read through the page cache: a state that was read
 takes memory only for what is computed from it. The digest is computed from what was read, and compared.
@@ -18,6 +19,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
+from swarm.averaging import roll
 from swarm.averaging.global_state import GlobalState
 from swarm.errors import BadMessage, StateError
 from swarm.host.home import atomic_write
@@ -29,7 +31,7 @@ MAX_HEADER_BYTES = 64 * 1024
 
 def file_bytes(numel: int, num_buffers: int) -> int:
     """The most that the file of a state with vectors of `numel` values takes."""
-    return 4 * numel * (1 + num_buffers) + 1024
+    return 4 * numel * (1 + num_buffers) + MAX_HEADER_BYTES
 
 
 def write(path: Path, state: GlobalState) -> str:
@@ -54,9 +56,12 @@ def read(path: Path, *, fragment: int, head: Head, numel: int, num_buffers: int)
         if found.issuperset(names):
             weights, *buffers = (file.get_tensor(name) for name in names)
             if all(str(t.dtype) == "torch.float32" and tuple(t.shape) == (numel,) for t in (weights, *buffers)):
-                state = GlobalState(fragment, head.version, head.tokens, weights, tuple(buffers))
-                if state.digest == head.digest:
-                    return state
+                said = (file.metadata() or {}).get("roll", "[]")
+                with contextlib.suppress(ValueError, RecursionError, BadMessage):
+                    listed = roll.from_json(json.loads(said))
+                    state = GlobalState(fragment, head.version, head.tokens, weights, tuple(buffers), listed)
+                    if state.digest == head.digest:
+                        return state
     raise StateError(f"{path.name} does not hold the state that it should")
 
 
@@ -86,10 +91,13 @@ def head_in(path: Path) -> tuple[int, Head]:
 def _pieces(state: GlobalState) -> Iterator[bytes | memoryview]:
     """The file's content (https://huggingface.co/docs/safetensors: length of the header, header, tensors)."""
     tensors = {"weights": state.weights, **{f"buffer-{i}": buffer for i, buffer in enumerate(state.buffers)}}
-    header: dict[str, object] = {"__metadata__": {
+    said = {
         "fragment": f"{state.fragment}", "version": f"{state.version}", "tokens": f"{state.tokens}",
         "digest": state.digest,
-    }}
+    }
+    if state.roll:
+        said["roll"] = roll.canonical(state.roll).decode()
+    header: dict[str, object] = {"__metadata__": said}
     start = 0
     for name, tensor in tensors.items():
         end = start + tensor.numel() * 4

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from swarm.config import (
+    LATER_AVERAGING,
     MAX_RUN_CONFIG_BYTES,
     AveragingConfig,
     DataConfig,
@@ -77,6 +78,8 @@ def test_the_hash_of_a_known_config_never_changes():
     assert document.pop("pipeline") == {"activation_bits": 8}, "came later: spelt only where it says anything"
     assert (document.pop("sources"), document.pop("phases")) == ({}, []), "so did these"
     assert document.pop("base_digests") == [] and document["model"].pop("lora") is None, "these as well"
+    for key in LATER_AVERAGING:
+        del document["averaging"][key]
     assert json.loads(canonical_json(run)) == document
     assert run.run_id == "demo-b252d456f4d8"
     assert canonical_json(run).isascii()
@@ -117,7 +120,7 @@ runs = st.builds(
     seed=st.integers(0, 2**31 - 1),
     fragments=st.integers(1, 256),
     train=st.builds(TrainConfig, learning_rate=st.floats(1e-9, 10), betas=st.tuples(*[st.floats(0, 0.999)] * 2)),
-    averaging=st.builds(AveragingConfig, bits=st.sampled_from([4, 8, 32]), tokens_per_round=st.integers(1)),
+    averaging=st.builds(AveragingConfig, bits=st.sampled_from([2, 4, 8, 32]), tokens_per_round=st.integers(1)),
     pipeline=st.builds(PipelineConfig, activation_bits=st.sampled_from([4, 8, 32])),
 )
 
@@ -247,7 +250,7 @@ def test_numbers_beyond_all_bounds_are_stated_errors():
         ({"data__hub": "x"}, "exactly one of stdlib, files and hub"),
         ({"data__files": "a.txt"}, "data.files must be"),
         ({"data__held_out_percent": 0}, "held_out_percent"),
-        ({"averaging__bits": 3}, "averaging.bits must be 4, 8 or 32"),
+        ({"averaging__bits": 3}, "averaging.bits must be 2, 4, 8 or 32"),
         ({"averaging__mode": "global"}, "averaging.mode must be local or sync"),
         ({"averaging__mode": "sync"}, "needs bits 32"),
         ({"pipeline__activation_bits": 2}, "pipeline.activation_bits must be 4, 8 or 32"),
@@ -260,6 +263,18 @@ def test_numbers_beyond_all_bounds_are_stated_errors():
         ({"averaging__tokens_per_round": 0}, "tokens_per_round"),
         ({"averaging__max_round_s": 0}, "max_round_s"),
         ({"averaging__outer_momentum": 1}, "outer_momentum"),
+        ({"averaging__first_round_tokens": 100}, "first_round_tokens and ramp_tokens go together"),
+        ({"averaging__ramp_tokens": 100}, "first_round_tokens and ramp_tokens go together"),
+        ({"averaging__first_round_tokens": -1, "averaging__ramp_tokens": 9}, "is negative"),
+        ({"averaging__first_round_tokens": 10**6, "averaging__ramp_tokens": 9}, "at most tokens_per_round"),
+        (
+            {"averaging__mode": "sync", "averaging__bits": 32, "averaging__first_round_tokens": 5,
+             "averaging__ramp_tokens": 9}, "first_round_tokens is for runs with mode local",
+        ),
+        ({"averaging__warm_steps": -1}, "warm_steps must be 0 to 10000"),
+        ({"averaging__warm_steps": 0.5}, "averaging.warm_steps must be int"),
+        ({"averaging__momentum_restart": 0}, "momentum_restart must be over 0"),
+        ({"averaging__momentum_restart": 1.5}, "momentum_restart must be over 0"),
         ({"initial_digests": ["0" * 64]}, "one digest a fragment"),
         ({"initial_digests": ["x" * 64] * 4}, "SHA-256 in hex"),
         ({"tokenizer": "x" * 9000}, "too long for a DHT record"),
@@ -283,6 +298,21 @@ def test_a_run_without_text_is_told_both_ways_to_name_it():
 def test_sync_is_exact_and_allowed_with_32_bits():
     run = run_from_dict(changed(averaging__mode="sync", averaging__bits=32), origin="test")
     assert run.averaging == AveragingConfig(mode="sync", bits=32)
+
+
+POLICY = {"first_round_tokens": 4_000, "ramp_tokens": 10**6, "warm_steps": 0, "momentum_restart": 1.0}
+
+
+def test_settings_that_came_later_are_spelt_only_where_they_say_something():
+    """Runs from before keep their run_id, and so their peers."""
+    plain = run_from_dict(SMALLEST, origin="test")
+    assert not set(POLICY) & set(json.loads(canonical_json(plain))["averaging"])
+    spelt = run_from_dict(changed(**{f"averaging__{key}": value for key, value in POLICY.items()}), origin="test")
+    document = json.loads(canonical_json(spelt))
+    assert {key: document["averaging"][key] for key in POLICY} == POLICY
+    assert run_from_json(canonical_json(spelt), run_id=spelt.run_id) == spelt and spelt.run_id != plain.run_id
+    said = run_from_dict(changed(averaging__warm_steps=40, averaging__momentum_restart=0.5), origin="test")
+    assert said.run_id == plain.run_id, "the same run, however it is written"
 
 
 # --- files

@@ -16,9 +16,12 @@ import pytest
 import torch
 
 from swarm.averaging import download as module
+from swarm.averaging import roll
 from swarm.averaging.download import LEASE_S, MAX_LEASES, Donor, Wanted, download
 from swarm.averaging.global_state import CHUNK_BYTES, GlobalState
+from swarm.averaging.roll import Entry
 from swarm.errors import BadMessage, NetworkError, PeerGone, PeerRefused, StateError
+from swarm.network.keys import Keypair
 
 NUMEL = 3 * CHUNK_BYTES // 4 + 100
 
@@ -220,6 +223,36 @@ def test_a_shape_other_than_the_run_configs_is_refused() -> None:
         fetch(Wire({"a": donor_of(state)}), same_chunks, ["a"])
     with pytest.raises(StateError, match="nobody gave the manifest"):
         fetch(Wire({"a": donor_of(state)}), dataclasses.replace(wanted_of(state), numel=CHUNK_BYTES // 4), ["a"])
+
+
+ROLL = tuple(
+    Entry(peer_id, 7, 100 + number, 5_000)
+    for number, peer_id in enumerate(sorted(Keypair(bytes([i]) * 32).peer_id for i in range(1, 65)))
+)
+
+
+def test_who_has_contributed_comes_along() -> None:
+    """The newcomer's next outer step depends on it, as everybody's does."""
+    state = dataclasses.replace(state_of(), roll=ROLL)
+    wire = Wire({"a": donor_of(state), "b": donor_of(state)})
+    assert fetch(wire, wanted_of(state), ["a", "b"]).roll == ROLL
+    head = asyncio.run(module.newest_head(wire, 1, "a", numel=NUMEL, num_buffers=1))  # type: ignore[arg-type]
+    assert head.digest == state.digest
+
+
+@pytest.mark.parametrize("lie", [
+    [], roll.to_json(ROLL[:-1]), [{**vars(ROLL[0]), "trained": 1}], roll.to_json(ROLL) * 3, "x", None, [[[]]],
+])
+def test_a_donor_that_lies_about_it_is_passed_over(lie: object) -> None:
+    state = dataclasses.replace(state_of(), roll=ROLL)
+
+    def liar(method: str, header: dict[str, Any], answer: Answer) -> Answer:
+        return ({**answer[0], "roll": lie}, answer[1]) if method == "state" else answer
+
+    wire = Wire({"a": donor_of(state), "b": donor_of(state)}, {"a": liar})
+    assert fetch(wire, wanted_of(state), ["a", "b"]).roll == ROLL
+    with pytest.raises(StateError, match="nobody gave the manifest"):
+        fetch(Wire({"a": donor_of(state)}, {"a": liar}), wanted_of(state), ["a"])
 
 
 def test_chunks_written_one_by_one_make_the_state() -> None:

@@ -20,6 +20,7 @@ from swarm.averaging.global_state import (
     initial_state,
     num_chunks,
 )
+from swarm.averaging.roll import Entry
 
 fixed = settings(max_examples=40, derandomize=True, deadline=None)
 PER_CHUNK = CHUNK_BYTES // 4
@@ -54,6 +55,17 @@ def test_version_tokens_and_fragment_change_the_digest() -> None:
     digests = {state.digest, *(other.digest for other in others)}
     assert len(digests) == 1 + len(others)
     assert dataclasses.replace(state).digest == state.digest
+
+
+def test_who_contributed_is_part_of_the_digest_and_nobody_is_as_before() -> None:
+    """Versions from before there were rolls keep their digests; the start of a run is one of them."""
+    state = state_of(300)
+    one, two = Entry("a", 7, 5, 9), Entry("b", 7, 5, 9)
+    rolls = [(), (one,), (two,), (one, two), (dataclasses.replace(one, trained=10),)]
+    assert len({dataclasses.replace(state, roll=roll).digest for roll in rolls}) == len(rolls)
+    assert dataclasses.replace(state, roll=()).digest == state.digest
+    said = digest_of(state.fragment, state.version, state.tokens, state.chunk_hashes, (one,))
+    assert said == dataclasses.replace(state, roll=(one,)).digest
 
 
 def test_negative_zero_is_another_state_than_zero() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import numpy as np
@@ -11,7 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from swarm.averaging import outer
+from swarm.averaging.global_state import GlobalState, initial_state
 from swarm.averaging.outer import OuterStep, learning_rate
+from swarm.averaging.roll import Entry
 from swarm.config import RunConfig
 
 MakeRun = Callable[..., RunConfig]
@@ -99,14 +102,77 @@ def test_inputs_are_left_alone(make_run: MakeRun) -> None:
 
 
 def test_the_last_round_is_a_plain_average(make_run: MakeRun) -> None:
-    run = make_run({"total_tokens": 1000}, outer_learning_rate=0.7, outer_momentum=0.9)
+    run = make_run({"total_tokens": 1000}, outer_learning_rate=0.7, outer_momentum=0.9, tokens_per_round=80)
     weights, momentum, average = vector(0), vector(1), vector(2, 0.01)
-    for before, after, last in [(0, 999, False), (999, 1000, True), (400, 5000, True), (1000, 1001, False)]:
+    cases = [(0, 989, False), (989, 1000, True), (400, 5000, True), (1000, 1001, False)]
+    for before, after, last in [*cases, (900, 990, True), (990, 995, True)]:  # what is on its way is an estimate
         step = step_of(run, 9, before, after)
         new, buffers = outer.apply(step, weights, [momentum], average, torch.ones(N))
         assert step.last is last
         assert torch.equal(new, weights - average) is last
         assert torch.equal(buffers[0], torch.zeros(N)) is last
+
+
+def test_the_last_round_of_a_sync_run_is_like_any_other(make_run: MakeRun) -> None:
+    run = make_run({"total_tokens": 1000}, mode="sync", bits=32, tokens_per_round=80)
+    assert [step_of(run, 9, before, after).last for before, after in ((900, 999), (999, 1000))] == [False, True]
+    inputs = [vector(0), [vector(1, 0.1), vector(2, 0.1).abs()], vector(3), torch.ones(N)]
+    one = outer.apply(step_of(run, 9, 920, 1000), *inputs)
+    other = outer.apply(step_of(make_run({"total_tokens": 10**6}, mode="sync", bits=32), 9, 920, 1000), *inputs)
+    assert torch.count_nonzero(one[1][0]) and not torch.equal(one[0], inputs[0] - inputs[2])
+    assert torch.equal(one[1][0], other[1][0]), "its moments are kept"
+
+
+def test_momentum_that_starts_again_is_that_of_a_first_round(make_run: MakeRun) -> None:
+    run = make_run({"total_tokens": 10**9}, outer_learning_rate=0.7, outer_momentum=0.9)
+    weights, momentum, average = vector(0), vector(1), vector(2, 0.01)
+    restarted = outer.apply(OuterStep(run, 9, 5, 6, restart=True), weights, [momentum], average, torch.ones(N))
+    fresh = outer.apply(step_of(run, 9, 5, 6), weights, [torch.zeros(N)], average, torch.ones(N))
+    assert torch.equal(restarted[0], fresh[0]) and torch.equal(restarted[1][0], fresh[1][0])
+    assert torch.equal(restarted[1][0], average)
+    without = make_run({"total_tokens": 10**9}, outer_momentum=0.0)
+    new, buffers = outer.apply(OuterStep(without, 9, 5, 6, restart=True), weights, [], average, torch.ones(N))
+    assert torch.equal(new, weights - average * 0.7) and buffers == []
+
+
+def advanced(run: RunConfig, *rounds: dict[str, int]) -> list[GlobalState]:
+    states = [initial_state(2, vector(0), outer.num_buffers(run))]
+    for number, contributions in enumerate(rounds, start=1):
+        states.append(outer.advance(run, states[-1], contributions, vector(number, 0.01), torch.zeros(N)))
+    return states
+
+
+def test_a_commit_makes_the_next_version_and_its_roll(make_run: MakeRun) -> None:
+    run = make_run({"total_tokens": 10**9}, outer_learning_rate=0.7, outer_momentum=0.5)
+    first, second, third = advanced(run, {"a": 30}, {"a": 10, "b": 10})
+    assert (first.version, second.version, third.version) == (0, 1, 2)
+    assert (third.fragment, third.tokens, first.roll) == (2, 50, ())
+    assert third.roll == (Entry("a", 2, 10, 40), Entry("b", 2, 10, 10))
+    exact = outer.apply(step_of(run, 2, 30, 50), second.weights, list(second.buffers), vector(2, 0.01), torch.zeros(N))
+    assert torch.equal(third.weights, exact[0]) and torch.equal(third.buffers[0], exact[1][0])
+
+
+def test_who_sees_only_the_newest_version_takes_the_same_step(make_run: MakeRun) -> None:
+    """One downloads what others have computed: that state alone says whether the momentum starts again (I1)."""
+    run = make_run({"total_tokens": 10**9}, outer_momentum=0.9)
+    few, many = {"a": 100}, dict.fromkeys("abcd", 100)
+    states = advanced(run, few, few, many, many)
+    for before, after, contributions, number in zip(states, states[1:], [few, few, many, many], range(1, 5),
+                                                    strict=False):
+        copy = GlobalState(2, before.version, before.tokens, before.weights.clone(),
+                           tuple(buffer.clone() for buffer in before.buffers), tuple(before.roll))
+        again = outer.advance(run, copy, dict(reversed(contributions.items())), vector(number, 0.01), torch.zeros(N))
+        assert again.digest == after.digest
+    assert torch.equal(states[3].buffers[0], vector(3, 0.01)), "three of four were new"
+    assert not torch.equal(states[4].buffers[0], vector(4, 0.01)), "and then they were not"
+    never = advanced(dataclasses.replace(run, averaging=dataclasses.replace(run.averaging, momentum_restart=1.0)),
+                     few, few, many)
+    assert not torch.equal(never[3].buffers[0], vector(3, 0.01))
+
+
+def test_a_sync_run_keeps_no_roll(make_run: MakeRun) -> None:
+    run = make_run(mode="sync", bits=32)
+    assert [state.roll for state in advanced(run, {"a": 1}, {"b": 1, "c": 5})] == [(), (), ()]
 
 
 @pytest.mark.parametrize("warmup", [0, 200])

@@ -4,6 +4,7 @@ nonsense."""
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import hashlib
 from collections.abc import Callable, Coroutine
 from typing import Any
@@ -19,6 +20,7 @@ from swarm.averaging.layout import Layout
 from swarm.averaging.ledger import Drift, Ledger
 from swarm.averaging.messages import Contributor, Opening, Part, PartResult, make_commit, result_message
 from swarm.averaging.part import Contributors, PartOwner, contributors_of
+from swarm.averaging.roll import LEAST_WARMTH, Entry
 from swarm.config import RunConfig
 from swarm.errors import BadMessage, NetworkError, PeerRefused
 from swarm.network import codec
@@ -44,6 +46,7 @@ class World:
         nothing: Any = object()
         self.context = Context(run, keys[0], nothing, nothing, Boundary(), lambda event: None)
         applier = Applier(self.context, fragment=0, layout=layout, ledger=ledger)
+        self.ledger = ledger
         self.owner = PartOwner(
             self.context, applier, is_current=lambda opening_id: self.current,
             on_result=lambda opening, index, contributors, result: self.results.append((contributors, result)),
@@ -126,6 +129,24 @@ def test_who_has_nothing_speaks_too_and_is_no_contributor(play: Callable[[Story]
         await world.push(2, tokens=0)
         [(contributors, result)] = world.results
         assert contributors == ((1, 100),) and world.value_of(result) == pytest.approx(2.0, abs=0.02)
+
+    play(story)
+
+
+def test_a_newcomer_weighs_less_until_it_has_contributed_as_much(play: Callable[[Story], None]) -> None:
+    """The third one holds 3 where the others hold 1 and 2, with as many tokens, and is new."""
+    async def story(world: World) -> None:
+        start, run = world.ledger.state, world.run
+        warm_tokens = 40 * run.train.batch_sequences * run.train.sequence_length
+        old = tuple(sorted((Entry(peer_id, 1, 100, warm_tokens) for peer_id in world.ids[:2]), key=lambda e: e.peer_id))
+        world.ledger.state = dataclasses.replace(start, roll=old)
+        for number in range(3):
+            await world.push(number, tokens=1000)
+        [(_, result)] = world.results
+        cold = max(LEAST_WARMTH, 500 / warm_tokens)
+        assert world.value_of(result) == pytest.approx((1 + 2 + 3 * cold) / (2 + cold), abs=0.02)
+        world.ledger.state = start
+        assert (await world.reduce({0: 1000, 1: 1000, 2: 1000}))["hash"] == result.hash, "made already: it stays"
 
     play(story)
 

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 from collections import Counter
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from swarm.averaging import plan
+from swarm.averaging.outer import OuterStep
+from swarm.config import RunConfig
 
+MakeRun = Callable[..., RunConfig]
 fixed = settings(max_examples=80, derandomize=True, deadline=None)
 peers = st.lists(st.text("abcdefghijk123", min_size=1, max_size=12), min_size=1, max_size=12, unique=True)
 durations = st.lists(st.floats(0.001, 300), min_size=3, max_size=16)
@@ -44,14 +49,85 @@ def test_every_peer_opens_about_as_often() -> None:
     assert plan.rank(names, fragment=0, version=11) != plan.rank(names, fragment=1, version=11)
 
 
-def test_fragments_take_turns_from_the_first_round_on() -> None:
-    first = [plan.target_tokens(1000, 4, fragment=f, version=0, staggered=True) for f in range(4)]
-    assert first == [250, 500, 750, 1000]
-    assert {plan.target_tokens(1000, 4, fragment=f, version=v, staggered=True) for f in range(4) for v in (1, 9)} == {
-        1000
-    }
-    assert {plan.target_tokens(1000, 4, fragment=f, version=0, staggered=False) for f in range(4)} == {1000}
-    assert plan.target_tokens(1, 256, fragment=0, version=0, staggered=True) == 1, "never zero"
+def due_at(run: RunConfig, fragment: int, *, step: int = 0) -> list[int]:
+    """Tokens trained at each commit of a fragment until the run is complete. `step`: what everybody trains between two
+    looks, so that a round may come a little late."""
+    found, tokens = [], 0
+    while tokens < run.train.total_tokens:
+        target = plan.target_tokens(run, fragment=fragment, version=len(found), tokens=tokens, staggered=True)
+        assert target >= 1
+        tokens += target if not step else -(-target // step) * step
+        found.append(tokens)
+    return found
+
+
+def lengths(commits: list[int]) -> list[int]:
+    return [later - earlier for earlier, later in zip([0, *commits], commits, strict=False)]
+
+
+def test_fragments_take_turns_from_the_first_round_on(make_run: MakeRun) -> None:
+    run = make_run({"total_tokens": 10_000}, tokens_per_round=1000)
+    assert [due_at(run, fragment)[:3] for fragment in range(4)] == [
+        [250, 1250, 2250], [500, 1500, 2500], [750, 1750, 2750], [1000, 2000, 3000]
+    ]
+    assert {
+        plan.target_tokens(run, fragment=f, version=v, tokens=9_900, staggered=False) for f in range(4) for v in (0, 3)
+    } == {1000}, "sync runs: a step is a step"
+    many = dataclasses.replace(make_run(tokens_per_round=1), fragments=256)
+    assert plan.target_tokens(many, fragment=0, version=0, tokens=0, staggered=True) == 1, "never zero"
+
+
+def test_all_fragments_end_with_the_run_and_none_in_a_short_round(make_run: MakeRun) -> None:
+    run = make_run({"total_tokens": 10_000}, tokens_per_round=1000)
+    for fragment in range(4):
+        commits = due_at(run, fragment)
+        assert commits[-1] == 10_000 and 500 <= lengths(commits)[-1] < 1500
+        assert set(lengths(commits)[1:-1]) == {1000}
+    assert due_at(make_run({"total_tokens": 400}, tokens_per_round=1000), 3) == [400], "a run of one round"
+
+
+@fixed
+@given(st.integers(1, 3_000), st.integers(1, 40), st.integers(0, 3), st.integers(1, 700))
+def test_every_fragment_has_one_last_round_in_which_nothing_is_cut_short(
+    length: int, rounds: int, fragment: int, step: int
+) -> None:
+    """Whatever a step is: the plain average comes once, or once more for what was only estimated."""
+    total = length * rounds
+    run = dataclasses.replace(
+        RUN, train=dataclasses.replace(RUN.train, total_tokens=total),
+        averaging=dataclasses.replace(RUN.averaging, tokens_per_round=length),
+    )
+    commits = [0, *due_at(run, fragment, step=step)]
+    last = [
+        OuterStep(run, version, before, now).last
+        for version, (before, now) in enumerate(zip(commits, commits[1:], strict=False), start=1)
+    ]
+    assert last[-1] and 1 <= sum(last) <= 2 and last == sorted(last)
+
+
+def test_rounds_grow_from_a_fresh_start_and_then_stay(make_run: MakeRun) -> None:
+    run = make_run({"total_tokens": 10**6}, tokens_per_round=8_000, first_round_tokens=1_000, ramp_tokens=50_000)
+    for fragment in range(4):
+        found = lengths(due_at(run, fragment))
+        growing = [length for length in found[1:-1] if length < 8_000]
+        assert growing == sorted(growing) and 1_000 <= growing[0] < 1_200 and 10 < len(growing) < 20
+        assert set(found[1 + len(growing):-1]) == {8_000}, "from the end of the ramp on"
+    assert plan.round_tokens(run.averaging, 25_000) == 4_500
+    assert [plan.round_tokens(run.averaging, tokens) for tokens in (0, 50_000, 10**9)] == [1_000, 8_000, 8_000]
+
+
+def test_fragments_keep_their_turns_while_rounds_grow(make_run: MakeRun) -> None:
+    run = make_run({"total_tokens": 10**6}, tokens_per_round=8_000, first_round_tokens=1_000, ramp_tokens=50_000)
+    commits = sorted((at, fragment) for fragment in range(4) for at in due_at(run, fragment)[:-1])
+    order = [fragment for _, fragment in commits]
+    assert order[:200] == [0, 1, 2, 3] * 50
+    gaps = [later - earlier for (earlier, _), (later, _) in zip(commits[80:], commits[81:300], strict=False)]
+    assert min(gaps) > 500 and max(gaps) < 4_000, "and their distance, roughly: the uplink has pauses"
+
+
+def test_without_a_ramp_rounds_are_as_ever_and_a_trained_start_has_none(make_run: MakeRun) -> None:
+    averaging = make_run(tokens_per_round=700).averaging
+    assert {plan.round_tokens(averaging, tokens) for tokens in (0, 1, 699, 10**12)} == {700}
 
 
 @fixed
@@ -162,3 +238,12 @@ def test_an_outbound_peer_that_is_only_heard_of_counts_too() -> None:
     reaches = {"a": "public", "c": "punched"}
     assert plan.leaders(reaches, others_outbound=True) == ["a"]
     assert plan.leaders({"c": "punched"}, others_outbound=True) == ["c"]
+
+
+@pytest.fixture(autouse=True)
+def _run(make_run: MakeRun) -> None:
+    global RUN
+    RUN = make_run()
+
+
+RUN: RunConfig

@@ -26,9 +26,9 @@ def layout() -> Layout:
 
 
 def make_world(
-    make_run: Callable[..., RunConfig], layout: Layout, keys: list[Keypair], count: int, **more: float
+    make_run: Callable[..., RunConfig], layout: Layout, keys: list[Keypair], count: int, bits: int = 4, **more: float
 ) -> World:
-    run = make_run({"total_tokens": 10**9}, bits=4, tokens_per_round=1000 * count, max_round_s=20.0)
+    run = make_run({"total_tokens": 10**9}, bits=bits, tokens_per_round=1000 * count, max_round_s=20.0)
     world = World(run, layout, **more)  # type: ignore[arg-type]
     for key in keys[:count]:
         Peer(world, key)
@@ -75,12 +75,12 @@ def held_by(peer: Peer, others: list[Peer]) -> int:
     return peer.averager.pending()[0] + sum(own)
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 5])
+@pytest.mark.parametrize(("count", "bits"), [(1, 4), (2, 4), (3, 4), (5, 4), (3, 2)])
 def test_without_faults_every_round_is_of_all(
-    make_run: Callable[..., RunConfig], layout: Layout, keys: list[Keypair], count: int
+    make_run: Callable[..., RunConfig], layout: Layout, keys: list[Keypair], count: int, bits: int
 ) -> None:
     async def story() -> None:
-        world = make_world(make_run, layout, keys, count, seed=1)
+        world = make_world(make_run, layout, keys, count, bits, seed=1)
         for peer in world.peers.values():
             peer.start()
         await asyncio.sleep(90)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from pathlib import Path
@@ -13,8 +14,11 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from swarm.averaging import roll
 from swarm.averaging.global_state import GlobalState
+from swarm.averaging.roll import Entry
 from swarm.errors import HomeError, StateError
+from swarm.network.keys import Keypair
 from swarm.network.records import Head
 from swarm.train import state_file
 
@@ -46,6 +50,24 @@ def test_a_state_comes_back_bit_for_bit(tmp_path: Path, num_buffers: int) -> Non
     pairs = zip([again.weights, *again.buffers], [state.weights, *state.buffers], strict=True)
     assert all(torch.equal(one, other) for one, other in pairs)
     assert path.stat().st_size <= state_file.file_bytes(NUMEL, num_buffers)
+
+
+def test_who_has_contributed_comes_back_and_one_more_or_less_is_another_state(tmp_path: Path) -> None:
+    names = sorted(Keypair(bytes([i]) * 32).peer_id for i in range(1, 129))
+    listed = tuple(Entry(name, 2**40, 2**40, 10**15) for name in names)
+    state, path = dataclasses.replace(some_state(), roll=listed), tmp_path / "state.safetensors"
+    state_file.write(path, state)
+    again = read(path, state)
+    assert again.roll == listed and again.digest == state.digest
+    assert state_file.head_in(path) == (3, head_of(state))
+    assert path.stat().st_size <= state_file.file_bytes(NUMEL, 1)
+    with safe_open(path, framework="pt") as file:
+        assert json.loads(file.metadata()["roll"]) == roll.to_json(listed)
+    for text in ("[]", "[[", "null", "9" * 5000, json.dumps(roll.to_json(listed[1:]))):
+        tensors = {"weights": state.weights, "buffer-0": state.buffers[0]}
+        save_file(tensors, path, metadata={"roll": text})
+        with pytest.raises(StateError, match="does not hold the state"):
+            read(path, state)
 
 
 def test_other_programs_read_the_file_and_what_it_says_of_itself(tmp_path: Path) -> None:
