@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 from collections.abc import Awaitable, Callable, Collection, Coroutine
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
@@ -36,6 +37,8 @@ class Context:
     at_boundary: AtBoundary
     emit: Callable[[Event], None]
     keep: Keep = AMPLE
+    nonce: Callable[[], str] = lambda: secrets.token_hex(8)
+    """16 hex digits that make an opening unlike any other"""
     results: Results = field(init=False)
     tasks: set[asyncio.Task[Any]] = field(default_factory=set)
     before_write: Callable[[int], None] = lambda fragment: None

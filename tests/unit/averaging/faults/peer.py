@@ -1,0 +1,345 @@
+"""One process of a simulated peer: a real averager, and what stands around it in place of endpoint, directory and
+training thread. It may be killed or frozen between any two of its steps; a new process goes on from its disk.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+
+from swarm.averaging.averager import Averager
+from swarm.averaging.context import Context
+from swarm.averaging.global_state import GlobalState
+from swarm.averaging.layout import Layout
+from swarm.config import RunConfig
+from swarm.errors import BadMessage, NetworkError, PeerGone, PeerRefused, StateError
+from swarm.events import Event
+from swarm.host.keep import Keep
+from swarm.network.directory import ALIVE_S, HEARTBEAT_S, UNSURE_S
+from swarm.network.keys import Keypair
+from swarm.network.link import Handler
+from swarm.network.records import Contact, Status
+from tests.unit.averaging.faults.loop import StepLoop
+from tests.unit.averaging.faults.network import Link, Network
+
+T = TypeVar("T")
+Answer = tuple[dict[str, Any], bytes]
+
+BOUNDARY_S = 0.2
+"""until the training thread passes by"""
+MEET_S = 5.0
+AGAIN_S = 1.0
+CHECKPOINT_S = 6.0
+GOSSIP = 2
+STEP = 0.01
+"""what an inner step changes each weight by"""
+
+
+@dataclass
+class Disk:
+    """What a peer's next process finds."""
+
+    states: dict[int, GlobalState] = field(default_factory=dict)
+    known: set[str] = field(default_factory=set)
+    """peers ever met"""
+    processes: int = 0
+    """that it has had so far"""
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What all peers of a simulated swarm have in common."""
+
+    loop: StepLoop
+    network: Network
+    run: RunConfig
+    layouts: tuple[Layout, ...]
+    starts: tuple[GlobalState, ...]
+    dice: random.Random
+    watch: Callable[[Peer], None]
+    """is told of each new process before it does anything"""
+
+
+class Peer:
+    reach = ""
+    bytes_sent = bytes_received = 0
+
+    def __init__(
+        self, around: Surroundings, key: Keypair, disk: Disk, *, name: str, holds: tuple[int, ...], keep: Keep,
+        tokens: int, every_s: float, newcomer: bool = False,
+    ) -> None:
+        """`tokens`: of an inner step, which comes every `every_s`; `newcomer`: joins, and must be answered."""
+        self.around, self.key, self.id, self.disk, self.name, self.holds = around, key, key.peer_id, disk, name, holds
+        self.number, disk.processes = disk.processes, disk.processes + 1
+        self.process = around.loop.process(f"{name}.{self.number}")
+        self.events: list[Event] = []
+        self.trained = dict.fromkeys(holds, 0)
+        """tokens of this process, by fragment"""
+        self.steps = dict.fromkeys(holds, 0)
+        self.on_status: Callable[[str, Status], None] = lambda peer_id, status: None
+        self.training = True
+        self.boundaries: set[asyncio.Future[Any]] = set()
+        self._tokens, self._every_s, self._newcomer = tokens, every_s, newcomer
+        self._methods: dict[str, tuple[Handler, int]] = {}
+        self._heard: dict[str, tuple[Status, float]] = {}
+        self._lost_at: dict[str, float] = {}
+        self._asking: dict[asyncio.Future[Answer], Link] = {}
+        self._serving: dict[object, list[asyncio.Task[None]]] = {}
+        self.process.context.run(self._build, keep)
+        around.network.arrives(self)
+        around.watch(self)
+        self.process.begin(self._live())
+
+    def _build(self, keep: Keep) -> None:
+        around = self.around
+        layouts = {index: around.layouts[index] for index in self.holds}
+        states = {index: self.disk.states.get(index, around.starts[index]) for index in self.holds}
+        self.parameters = {
+            name: torch.nn.Parameter(values.clone(), requires_grad=False)
+            for index, layout in layouts.items() for name, values in layout.views(states[index].weights)
+        }
+        context = Context(
+            around.run, self.key, self, self, self.at_boundary, self.events.append, keep=keep,  # type: ignore[arg-type]
+            nonce=lambda: f"{around.dice.getrandbits(64):016x}",
+        )
+        self.averager = Averager(context, layouts, states, self.parameters)
+
+    # -- a peer's life ----------------------------------------------------------------------------------------------
+
+    async def _live(self) -> None:
+        """Beat; meet the others; take over their state; take part and train."""
+        self._spawn(self._beat_forever())
+        loop = self.around.loop
+        while self._newcomer and not self._heard:
+            await asyncio.sleep(0.3)
+        deadline = loop.time() + MEET_S
+        while not self._covered() and loop.time() < deadline:
+            await asyncio.sleep(0.3)
+        while True:
+            try:
+                await self.averager.synchroniser.join()
+                break
+            except StateError:
+                await asyncio.sleep(AGAIN_S)  # a person starts it again
+        self.averager.start()
+        self._spawn(self._save_forever())
+        dice = random.Random(f"{self.id}/{self.number}")
+        while True:
+            await asyncio.sleep(self._every_s * dice.uniform(0.5, 1.5))
+            if self.training:
+                self._train(dice.choice(self.holds))
+
+    def _covered(self) -> bool:
+        held = {index for status in self.alive().values() for index in status.held()}
+        return held.issuperset(range(self.around.run.fragments))
+
+    def _train(self, fragment: int) -> None:
+        """All weights get smaller by the same, so that what was learnt is known exactly."""
+        for slot in self.around.layouts[fragment].slots:
+            self.parameters[slot.name].sub_(STEP)
+        self.trained[fragment] += self._tokens
+        self.steps[fragment] += 1
+        self.averager.trained_fragment(fragment, self._tokens)
+
+    async def _save_forever(self) -> None:
+        while True:
+            await asyncio.sleep(CHECKPOINT_S)
+            self.save()
+
+    def save(self) -> None:
+        if not self.process.dead:  # a coroutine that is told to end may still come by here
+            self.disk.states |= {state.fragment: state for state in self.averager.states()}
+
+    async def at_boundary(self, function: Callable[[], T]) -> T:
+        done: asyncio.Future[T] = self.around.loop.create_future()
+        self.boundaries.add(done)
+
+        def pass_by() -> None:
+            self.boundaries.discard(done)
+            if not done.done():
+                try:
+                    done.set_result(function())
+                except Exception as error:
+                    done.set_exception(error)
+
+        self.around.loop.call_later(BOUNDARY_S * self.around.dice.random(), pass_by)
+        return await done
+
+    def kill(self) -> None:
+        if not self.process.dead:
+            self.process.kill()
+            self.around.network.dies(self)
+
+    def _spawn(self, work: Any) -> None:
+        asyncio.get_running_loop().create_task(work)  # the process keeps it
+
+    # -- in place of the directory ----------------------------------------------------------------------------------
+
+    def status(self) -> Status:
+        return Status(
+            run_id=self.around.run.run_id, name=self.name, role="trainer", heads=self.averager.heads(),
+            pending=self.averager.pending(), leaving=self.averager.leaving,
+            tokens_per_s=self._tokens / self._every_s if self.training else 0.0,
+        )
+
+    async def _beat_forever(self) -> None:
+        network = self.around.network
+        while True:
+            status, known = self.status(), sorted(self.disk.known)
+            told = self.around.dice.sample(known, min(GOSSIP, len(known)))
+            for peer_id in known:
+                link = network.try_link(self, peer_id)
+                if link is not None:
+                    network.send(link, self, partial(self._post_beat, link, status, told))
+            await asyncio.sleep(HEARTBEAT_S * self.around.dice.uniform(0.8, 1.2))
+
+    def _post_beat(self, link: Link, status: Status, told: list[str]) -> None:
+        other = link.other(self)
+        assert isinstance(other, Peer)
+        other.process.post(other.hear, self.id, status, told)
+
+    def hear(self, peer_id: str, status: Status, told: Iterable[str] = ()) -> None:
+        self.disk.known |= {peer_id, *told} - {self.id}
+        self._heard[peer_id] = (status, self.around.loop.time())
+        self._lost_at.pop(peer_id, None)
+        self.on_status(peer_id, status)
+
+    def alive(self) -> dict[str, Status]:
+        now = self.around.loop.time()
+        return {peer_id: status for peer_id, (status, at) in self._heard.items() if now - at < ALIVE_S}
+
+    def unsure(self) -> bool:
+        now = self.around.loop.time()
+        return any(now - at < UNSURE_S for at in self._lost_at.values())
+
+    async def tell(self, peer_id: str) -> None:
+        try:
+            answer, _ = await self.call(peer_id, "status", {"status": self.status()}, deadline_s=ALIVE_S)
+        except NetworkError:
+            self._lost_at.pop(peer_id, None)
+        else:
+            self.hear(peer_id, answer["status"])
+
+    def maddrs(self, peer_id: str) -> list[str]:
+        return ["/ip4/127.0.0.1/tcp/1"]
+
+    def contacts(self, peer_ids: Iterable[str], *, max_maddrs: int = 8) -> list[Contact]:
+        return [Contact(peer_id=peer_id, maddrs=self.maddrs(peer_id)) for peer_id in peer_ids]
+
+    def meet(self, peer_id: str, maddrs: list[str], reach: str = "") -> None:
+        self.disk.known |= {peer_id} - {self.id}
+
+    def heard_of_outbound(self) -> bool:
+        return False
+
+    async def introduce(self, peer_ids: Iterable[str]) -> None:
+        for peer_id in peer_ids:
+            self.meet(peer_id, [])
+
+    # -- in place of the endpoint -----------------------------------------------------------------------------------
+
+    def on(self, method: str, handler: Handler, *, max_body: int = 0) -> None:
+        self._methods[method] = handler, max_body
+
+    def is_linked(self, peer_id: str) -> bool:
+        return self.around.network.is_linked(self, peer_id)
+
+    def on_link_closed(self, link: Link) -> None:
+        peer_id = link.other(self).id
+        if self._heard.pop(peer_id, None) is not None:
+            self._lost_at[peer_id] = self.around.loop.time()
+            self._spawn(self.tell(peer_id))
+        for waiting, through in list(self._asking.items()):
+            if through is link and not waiting.done():
+                waiting.set_exception(PeerGone("the link ended"))
+
+    async def call(
+        self, peer_id: str, method: str, header: Mapping[str, Any] | None = None, body: bytes = b"", *,
+        deadline_s: float, max_answer: int = 0, maddrs: Iterable[str] = (),
+    ) -> Answer:
+        network = self.around.network
+        link = await network.dial(self, peer_id)
+        other = link.other(self)
+        assert isinstance(other, Peer)
+        waiting: asyncio.Future[Answer] = self.around.loop.create_future()
+
+        def answered(answer: Answer | NetworkError) -> None:
+            if waiting.done():
+                return
+            if isinstance(answer, NetworkError):
+                waiting.set_exception(answer)
+            elif len(answer[1]) > max_answer:
+                waiting.set_exception(BadMessage("an answer that is too long"))
+            else:
+                waiting.set_result(answer)
+
+        def answer(content: Answer | NetworkError) -> None:
+            network.send(link, other, lambda: self.process.post(answered, content))
+
+        self._asking[waiting] = link
+        network.send(link, self, partial(
+            other.process.post, other.serve, self.id, waiting, method, dict(header or {}), body, answer
+        ))
+        try:
+            return await asyncio.wait_for(waiting, deadline_s)
+        except asyncio.TimeoutError:
+            raise PeerGone(f"{method}: no answer within {deadline_s:.1f} s") from None
+        finally:
+            del self._asking[waiting]
+            if waiting.cancelled():
+                network.send(link, self, partial(other.process.post, other.cancel, waiting))
+
+    async def notify(
+        self, peer_id: str, method: str, header: Mapping[str, Any] | None = None, body: bytes = b"", *,
+        deadline_s: float, maddrs: Iterable[str] = (),
+    ) -> None:
+        link = await self.around.network.dial(self, peer_id)
+        other = link.other(self)
+        assert isinstance(other, Peer)
+        self.around.network.send(link, self, partial(
+            other.process.post, other.serve, self.id, None, method, dict(header or {}), body, lambda content: None
+        ))
+
+    def serve(
+        self, asker: str, call: object, method: str, header: dict[str, Any], body: bytes,
+        answer: Callable[[Answer | NetworkError], None],
+    ) -> None:
+        """A request has come."""
+        task = asyncio.get_running_loop().create_task(self._serve(asker, method, header, body, answer))
+        if call is not None:
+            self._serving.setdefault(call, []).append(task)
+            task.add_done_callback(lambda done: self._serving.pop(call, None))
+
+    def cancel(self, call: object) -> None:
+        """Who asked does not wait any more."""
+        for task in self._serving.get(call, ()):
+            task.cancel()
+
+    async def _serve(
+        self, asker: str, method: str, header: dict[str, Any], body: bytes,
+        answer: Callable[[Answer | NetworkError], None],
+    ) -> None:
+        if method == "status":
+            self.hear(asker, header["status"])
+            answer(({"status": self.status()}, b""))
+            return
+        handler, max_body = self._methods.get(method, (None, 0))
+        try:
+            if handler is None or len(body) > max_body:
+                raise PeerRefused("no such method, or a body that is too long")
+            answer(await handler(_Caller(asker), header, body))  # type: ignore[arg-type]
+        except NetworkError as error:
+            answer(PeerRefused(str(error)))
+
+
+@dataclass(frozen=True)
+class _Caller:
+    """What a handler sees of a link."""
+
+    peer_id: str
