@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -211,16 +211,23 @@ class Applier:
             raise BadMessage("a list of commits that is none")
         return [records.parse(Commit, item) for item in raw]
 
-    async def adopt(self, state: GlobalState, *, absorbed: list[str], lost: list[str]) -> None:
-        """Jump to a downloaded state (already checked against its digest); see `Ledger.adopt`."""
+    async def adopt(
+        self, state: GlobalState, *, absorbed: Sequence[str] = (), lost: Sequence[str] = (),
+        known: frozenset[str] | None = None,
+    ) -> bool:
+        """Jump to a downloaded state (already checked against its digest); see `Ledger.adopt`. `known`: own openings in
+        our history when the fates of all were asked for. False: there are more by now, so ask again."""
         async with self._lock:
             if outranks(state.tokens, state.digest, self.ledger.state) or not self.trusted:
+                if known is not None and not known >= self.ledger.recent().keys():
+                    return False
                 self.trusted = True
                 await self._context.at_boundary(
                     lambda: self.ledger.adopt(state, absorbed=absorbed, lost=lost)
                 )
                 self.history.forget()
                 self.history.saw(state.version, state.digest)
+        return True
 
     def _emit_round(self, commit: Commit, seconds: float) -> None:
         sent, received = self._context.bytes_since_last_round()

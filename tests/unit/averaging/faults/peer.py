@@ -38,7 +38,7 @@ AGAIN_S = 1.0
 CHECKPOINT_S = 6.0
 GOSSIP = 2
 STEP = 0.01
-"""what an inner step changes each weight by"""
+"""an inner step changes each weight by about this much"""
 
 
 @dataclass
@@ -82,6 +82,7 @@ class Peer:
         self.trained = dict.fromkeys(holds, 0)
         """tokens of this process, by fragment"""
         self.steps = dict.fromkeys(holds, 0)
+        self.learns = {index: self._learns(index) for index in holds}
         self.on_status: Callable[[str, Status], None] = lambda peer_id, status: None
         self.training = True
         self.boundaries: set[asyncio.Future[Any]] = set()
@@ -95,6 +96,15 @@ class Peer:
         around.network.arrives(self)
         around.watch(self)
         self.process.begin(self._live())
+
+    def _learns(self, fragment: int) -> torch.Tensor:
+        """What this process takes off the weights in each inner step, fp32 [numel]: another one than all others, and
+        always the same, so that what was learnt is known exactly."""
+        generator = torch.Generator().manual_seed(self.around.dice.getrandbits(62))
+        layout = self.around.layouts[fragment]
+        return layout.flatten({
+            slot.name: (torch.rand(slot.shape, generator=generator) + 0.5) * STEP for slot in layout.slots
+        })
 
     def _build(self, keep: Keep) -> None:
         around = self.around
@@ -140,9 +150,8 @@ class Peer:
         return held.issuperset(range(self.around.run.fragments))
 
     def _train(self, fragment: int) -> None:
-        """All weights get smaller by the same, so that what was learnt is known exactly."""
-        for slot in self.around.layouts[fragment].slots:
-            self.parameters[slot.name].sub_(STEP)
+        for name, values in self.around.layouts[fragment].views(self.learns[fragment]):
+            self.parameters[name].sub_(values)
         self.trained[fragment] += self._tokens
         self.steps[fragment] += 1
         self.averager.trained_fragment(fragment, self._tokens)

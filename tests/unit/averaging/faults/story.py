@@ -19,7 +19,7 @@ from swarm.config import AveragingConfig, DataConfig, ModelConfig, RunConfig, Tr
 from swarm.host.keep import AMPLE, LITTLE
 from swarm.model.fragments import FragmentSpec, TensorSpec
 from swarm.network.keys import Keypair
-from tests.unit.averaging.faults.books import Books, Broken
+from tests.unit.averaging.faults.books import BROKEN, Books, Broken
 from tests.unit.averaging.faults.loop import StepLoop, play
 from tests.unit.averaging.faults.network import Network
 from tests.unit.averaging.faults.peer import STEP, Disk, Peer, Surroundings
@@ -88,6 +88,8 @@ class Story:
         )
         self.peers: dict[int, Peer] = {}
         """the newest process of each peer"""
+        self.coming_back = 0
+        """processes that died and are about to be followed by others"""
         self.disks = [Disk() for _ in schedule.holds]
 
     # -- a swarm and its faults -------------------------------------------------------------------------------------
@@ -100,8 +102,11 @@ class Story:
         for fault in self.schedule.faults:
             self.loop.call_later(fault.at_s, self.happens, fault)
         began = self.loop.time()
-        while self.loop.time() - began < self.schedule.until_s:
+        while self.loop.time() - began < self.schedule.until_s or self.coming_back:
             await self.look()
+        for peer in self.alive():
+            peer.process.on_step.clear()
+            peer.process.thaw()
         self.network.loss = self.network.twice = 0.0
         await self.go_on()
         await self.settle()
@@ -154,7 +159,12 @@ class Story:
             self.books.say(peer, f"dies at its step {peer.process.steps}")
             peer.kill()
             if fault.back_s is not None:
-                self.loop.call_later(fault.back_s, self.begin, fault.peer)
+                self.coming_back += 1
+                self.loop.call_later(fault.back_s, self.come_back, fault.peer)
+
+    def come_back(self, number: int) -> None:
+        self.coming_back -= 1
+        self.begin(number)
 
     def freeze(self, fault: Freeze, peer: Peer) -> None:
         self.books.say(peer, f"freezes at its step {peer.process.steps} for {fault.for_s:.1f} s")
@@ -169,6 +179,8 @@ class Story:
 
     async def look(self) -> None:
         await asyncio.sleep(LOOK_S)
+        if BROKEN:
+            raise Broken(BROKEN[0])
         for peer in self.alive():
             for fragment in peer.averager.held():
                 self.books.check(peer, fragment)
@@ -208,7 +220,10 @@ class Story:
     def introduce(self) -> None:
         """Who knows nobody alive is told of somebody by a friend."""
         for peer in self.alive():
-            others = [other.id for other in self.alive() if other is not peer]
+            others = [
+                other.id for other in self.alive()
+                if other is not peer and self.network.can_talk(peer.id, other.id)
+            ]
             if others and not peer.disk.known & set(others):
                 peer.disk.known.add(others[0])
 
@@ -260,9 +275,23 @@ class Story:
         raise Broken(f"an exception that nobody asked for: {self.loop.problems[0]}")
 
 
+def waits_in(peer: Peer) -> list[str]:
+    """Where its tasks are, the innermost line last."""
+    lines = []
+    for task in peer.process.left():
+        coroutine, places = task.get_coro(), []
+        while coroutine is not None and getattr(coroutine, "cr_frame", None) is not None:
+            frame = coroutine.cr_frame  # type: ignore[union-attr]
+            places.append(f"{coroutine.__name__}:{frame.f_lineno}")
+            coroutine = coroutine.cr_await  # type: ignore[union-attr]
+        lines.append(" > ".join(places))
+    return lines
+
+
 def outcome_of(schedule: Schedule) -> Outcome:
     """Play it. Whatever breaks is in the outcome; nothing is raised but for bugs of the simulation itself."""
     outcome = Outcome(schedule)
+    BROKEN.clear()
     stories: list[Story] = []
 
     async def told(loop: StepLoop) -> None:
@@ -272,6 +301,8 @@ def outcome_of(schedule: Schedule) -> Outcome:
             await story.tell()
         except Broken as broken:
             outcome.problem = str(broken)
+            outcome.log += [f"nobody asked for {problem}" for problem in loop.problems]
+            outcome.log += [f"{peer.process.name} waits in {line}" for peer in story.alive() for line in waits_in(peer)]
 
     loop = play(told, random.Random(f"loop {schedule.seed}"))
     [story] = stories

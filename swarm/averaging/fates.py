@@ -1,0 +1,102 @@
+"""What has become of a peer's own contributions in a history that it is about to move over to (I2).
+
+The swarm was parted, or this peer missed some commits and what led to them is gone. It has the new history's head, and
+walks back from there, commit by commit, until it comes to a digest of its own past: what is older is common to both.
+On the way it sees which of its openings are in the new history. Of those that it thought settled, all others are lost
+there, and must go into the drift again.
+
+Whoever has been level with that history all the time can tell, be it a donor of the state or not; whoever has only
+downloaded it cannot. Where everybody says that they cannot, what is left is taken to be common: better not counted than
+counted twice. Where somebody did not answer, it is asked again later: a guess would lose tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from swarm.averaging.apply import Applier
+from swarm.averaging.attestation import who_knows
+from swarm.averaging.context import Context
+from swarm.averaging.messages import Commit
+from swarm.averaging.results import COMMITS_AT_ONCE
+from swarm.errors import NetworkError, PeerRefused, StateError
+from swarm.network.records import Head
+
+
+@dataclass(frozen=True)
+class Fates:
+    """Own openings, by id."""
+
+    known: frozenset[str] = frozenset()
+    """those that our history has contributions of; what came later has another fate"""
+    absorbed: tuple[str, ...] = ()
+    """of unknown fate so far, and in the new history"""
+    lost: tuple[str, ...] = ()
+    """in our history, and not in the new one"""
+
+
+async def fates_in(context: Context, applier: Applier, head: Head, *, donors: Sequence[str]) -> Fates:
+    """In the history that leads to `head`, which `donors` know. Raises StateError where somebody who may know did not
+    answer."""
+    outstanding, recent = applier.ledger.outstanding(), applier.ledger.recent()
+    needed = [version for version in {*outstanding.values(), *recent.values()} if version <= head.version]
+    commits, common = await _back(context, applier, head, donors=donors, down_to=min(needed, default=head.version + 1))
+    me = context.keypair.peer_id
+
+    def has(opening_id: str, version: int) -> bool:
+        commit = commits.get(version)
+        return commit is not None and commit.opening.id == opening_id and commit.includes(me)
+
+    return Fates(
+        frozenset(recent),
+        tuple(opening_id for opening_id, version in outstanding.items() if has(opening_id, version)),
+        tuple(key for key, version in recent.items() if version > common and not has(key, version)),
+    )
+
+
+async def _back(
+    context: Context, applier: Applier, head: Head, *, donors: Sequence[str], down_to: int
+) -> tuple[dict[int, Commit], int]:
+    """(the new history's commits by version, as far back as is needed; up to which version it is also ours, as far as
+    anybody can tell)."""
+    commits: dict[int, Commit] = {}
+    version, digest = head.version, head.digest
+    while version >= down_to and not applier.history.knows(version, digest):
+        if version not in commits:
+            here = Head(version=version, digest=digest, tokens=0)
+            found = await _leading_to(context, applier, here, donors=donors)
+            if not found:
+                break
+            commits |= {commit.opening.version: commit for commit in found}
+        version, digest = version - 1, commits[version].opening.base
+    return {number: commit for number, commit in commits.items() if number > version}, version
+
+
+async def _leading_to(context: Context, applier: Applier, head: Head, *, donors: Sequence[str]) -> list[Commit]:
+    """Commits of somebody's history, the last one the one that made `head`; empty: nobody has it any more. Raises
+    StateError."""
+    statuses = context.directory.alive()
+    others = [peer_id for peer_id, status in statuses.items() if status.head(applier.fragment) is not None]
+    silent = []
+    for peer_id in dict.fromkeys([*donors, *others]):
+        try:
+            for since in (max(0, head.version - COMMITS_AT_ONCE), head.version - 1):  # many at once, or what there is
+                found = [c for c in await applier.commits_of(peer_id, since=since) if c.opening.version <= head.version]
+                if found and found[-1].opening.version == head.version:
+                    if await who_knows(
+                        context.endpoint, context.directory, [peer_id], fragment=applier.fragment, head=head
+                    ):
+                        return found
+                    break  # its version of that number is another one, or it does not say
+        except PeerRefused:
+            continue  # it does not hold the fragment, or is joining
+        except NetworkError:
+            silent.append(peer_id)
+    if silent:
+        names = ", ".join(peer_id[-6:] for peer_id in silent)
+        raise StateError(
+            f"fragment {applier.fragment}: cannot tell yet what of this peer's is in version {head.version}",
+            why=f"{names} did not answer", do="it is tried again",
+        )
+    return []
