@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from swarm.averaging import outer
-from swarm.averaging.context import Context
+from swarm.averaging.context import Context, nobody_asks
 from swarm.averaging.global_state import GlobalState, outranks
 from swarm.averaging.layout import Layout
 from swarm.averaging.ledger import Ledger
@@ -63,7 +63,9 @@ class Applier:
         where nobody has its result bytes; then nothing has changed and a later status brings it up again.
         """
         # shielded: a round that is overtaken is cancelled, but never between moving the weights and noting it down
-        return await asyncio.shield(self._context.spawn(self._consider(commit, began_at, source)))
+        considering = self._context.spawn(self._consider(commit, began_at, source))
+        considering.add_done_callback(nobody_asks)
+        return await asyncio.shield(considering)
 
     async def _consider(self, commit: Commit, began_at: float | None, source: str) -> bool:
         clock = asyncio.get_running_loop().time
@@ -107,7 +109,7 @@ class Applier:
         known = self._prepared.get(index)
         if known is None or known[0] != result_hash:
             decoding = self._context.spawn(self._decode(opening.parts[index], data))
-            decoding.add_done_callback(lambda task: task.cancelled() or task.exception())  # nobody may ever ask
+            decoding.add_done_callback(nobody_asks)
             self._prepared[index] = result_hash, decoding
 
     async def _gather(self, commit: Commit, source: str) -> torch.Tensor:

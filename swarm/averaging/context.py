@@ -22,6 +22,12 @@ INLINE_VALUES = 100_000
 """arithmetic on fewer values takes under a millisecond: less than handing it to another thread and back"""
 
 
+def nobody_asks(task: asyncio.Task[Any]) -> None:
+    """Done callback of a task whose error may never be asked for: whoever waited for it may have been cancelled."""
+    if not task.cancelled():
+        task.exception()
+
+
 class AtBoundary(Protocol):
     """Runs a function between two microbatches of the training thread (at once where nothing trains)."""
 

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from swarm.averaging.apply import Applier
-from swarm.averaging.attestation import who_knows
+from swarm.averaging.attestation import ASK_S
 from swarm.averaging.context import Context
 from swarm.averaging.messages import Commit
 from swarm.averaging.results import COMMITS_AT_ONCE
@@ -84,11 +84,10 @@ async def _leading_to(context: Context, applier: Applier, head: Head, *, donors:
             for since in (max(0, head.version - COMMITS_AT_ONCE), head.version - 1):  # many at once, or what there is
                 found = [c for c in await applier.commits_of(peer_id, since=since) if c.opening.version <= head.version]
                 if found and found[-1].opening.version == head.version:
-                    if await who_knows(
-                        context.endpoint, context.directory, [peer_id], fragment=applier.fragment, head=head
-                    ):
+                    asked = {"fragment": applier.fragment, "version": head.version, "digest": head.digest}
+                    if (await context.ask(peer_id, "knows", asked, deadline_s=ASK_S)).get("known") is True:
                         return found
-                    break  # its version of that number is another one, or it does not say
+                    break  # its version of that number is another one
         except PeerRefused:
             continue  # it does not hold the fragment, or is joining
         except NetworkError:

@@ -17,7 +17,7 @@ import torch
 
 from swarm.averaging import plan
 from swarm.averaging.apply import Applier
-from swarm.averaging.context import Context
+from swarm.averaging.context import Context, nobody_asks
 from swarm.averaging.layout import Layout
 from swarm.averaging.messages import Commit, Contributor, Opening, PartResult
 from swarm.averaging.packed import Packed
@@ -109,7 +109,7 @@ class Member:
             current = _Current(opening, asyncio.get_running_loop().time() + 4 * opening.push_s + 4.0)
             self._current = current
             contributing = self._context.spawn(self._contribute(current))
-            contributing.add_done_callback(lambda task: task.cancelled() or task.exception())  # nobody may ever ask
+            contributing.add_done_callback(nobody_asks)
             self._taken[opening.id] = opening.version, contributing
         return await asyncio.shield(self._taken[opening.id][1])
 

@@ -3,9 +3,9 @@
 With them the invariants can be checked exactly, at each commit and at the end (swarm/README.md, DESIGN 4):
 
     I1  whoever applies a commit comes to the same digest, and the same state from the same past
-    I2  of each process:  trained = in commits of the history that leads to its head + pending, in tokens and in weights;
-        a commit's tokens are those that its contributors offered to that very opening, and, where nothing is quantised,
-        its result is their average
+    I2  of each process:  trained = in commits of the history that leads to its head + pending,  in tokens and weights;
+        a commit's tokens are those that its contributors offered to that very opening, and its result, where nothing
+        is quantised, is their average
 
 Every history is known here, since every commit is noted when the first process applies it, also by one that then dies.
 """

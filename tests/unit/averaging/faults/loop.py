@@ -149,7 +149,9 @@ def _make_task(loop: StepLoop, work: Coroutine[Any, Any, Any], **more: Any) -> a
 
 def _note(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
     assert isinstance(loop, StepLoop)
-    loop.problems.append(f"{context.get('message')}: {context.get('exception')!r}")
+    task = context.get("task") or context.get("future")
+    where = task.get_coro().__qualname__ if isinstance(task, asyncio.Task) else ""  # type: ignore[union-attr]
+    loop.problems.append(f"{context.get('message')} {where}: {context.get('exception')!r}")
 
 
 def play(story: Callable[[StepLoop], Coroutine[Any, Any, None]], dice: random.Random) -> StepLoop:

@@ -37,6 +37,8 @@ MEET_S = 5.0
 AGAIN_S = 1.0
 CHECKPOINT_S = 6.0
 GOSSIP = 2
+ROUTINE = {"tick_forever", "_beat_forever", "_save_forever", "_live"}
+"""what a peer does that has nothing else to do"""
 STEP = 0.01
 """an inner step changes each weight by about this much"""
 
@@ -184,6 +186,31 @@ class Peer:
         if not self.process.dead:
             self.process.kill()
             self.around.network.dies(self)
+
+    def rest(self) -> None:
+        """Train, beat and open rounds no more: only what is under way goes on."""
+        for task in self.process.left():
+            if task.get_coro().__name__ in ROUTINE:  # type: ignore[union-attr]
+                task.cancel()
+
+    def is_busy(self) -> bool:
+        """With a round or a download of any fragment, and not dead."""
+        return not self.process.dead and any(
+            fragment.opening or fragment.following or fragment.downloading or fragment.rounds.member.in_round()
+            for fragment in self.averager._fragments.values()
+        )
+
+    def waits_in(self) -> list[str]:
+        """Where its tasks are, the innermost line last."""
+        places = []
+        for task in self.process.left():
+            coroutine: Any = task.get_coro()
+            frames = []
+            while getattr(coroutine, "cr_frame", None) is not None:
+                frames.append(f"{coroutine.__name__}:{coroutine.cr_frame.f_lineno}")
+                coroutine = coroutine.cr_await
+            places.append(" > ".join(frames))
+        return places
 
     def _spawn(self, work: Any) -> None:
         asyncio.get_running_loop().create_task(work)  # the process keeps it

@@ -83,6 +83,18 @@ class Schedule:
         ends = [fault.at_s + _lasts_s(fault) for fault in self.faults]
         return max(ends, default=0.0) + QUIET_S
 
+    def text(self) -> str:
+        """For people."""
+        what = [
+            f"seed {self.seed}: {self.bits} bits; {100 * self.loss:.0f} % of messages lost, "
+            f"{100 * self.twice:.0f} % twice, on their way about {self.delay_s} s"
+        ]
+        for number, (holds, little, every_s) in enumerate(zip(self.holds, self.little, self.every_s, strict=True)):
+            fragments = " and ".join(map(str, holds))
+            keeps = ", keeps little of the past" if little else ""
+            what.append(f"  p{number} holds fragment {fragments}, takes a step every {every_s} s{keeps}")
+        return "\n".join([*what, *(f"  {fault}" for fault in self.faults)])
+
     def sides(self) -> list[set[int]]:
         """Peers that can talk to each other at the end."""
         groups = [set(range(len(self.holds)))]
@@ -106,9 +118,9 @@ def draw(seed: int) -> Schedule:
     holds: list[tuple[int, ...]] = [(0,)] * (count + late)
     if dice.random() < 0.15:
         holds = [(0, 1), *(dice.choice(((0, 1), (0,), (1,))) for _ in holds[1:])]
-    start_s = dice.uniform(1.0, 8.0)
-    span_s = dice.uniform(4.0, 14.0)
-    faults: list[Fault] = [Join(dice.uniform(3.0, start_s + span_s), count)] if late else []
+    start_s = dice.uniform(1.0, 5.0)
+    span_s = dice.uniform(3.0, 9.0)
+    faults: list[Fault] = [Join(dice.uniform(2.0, start_s + span_s), count)] if late else []
     for _ in range(dice.choices((0, 1, 2, 3, 4), (1, 5, 5, 3, 1))[0]):
         at_s = start_s + span_s * dice.random()
         peer, steps = dice.randrange(count), dice.choice((dice.randrange(8), dice.randrange(80)))

@@ -22,13 +22,13 @@ from swarm.network.keys import Keypair
 from tests.unit.averaging.faults.books import BROKEN, Books, Broken
 from tests.unit.averaging.faults.loop import StepLoop, play
 from tests.unit.averaging.faults.network import Network
-from tests.unit.averaging.faults.peer import STEP, Disk, Peer, Surroundings
+from tests.unit.averaging.faults.peer import Disk, Peer, Surroundings
 from tests.unit.averaging.faults.schedule import Crash, Cut, Fault, Freeze, Join, Schedule, Storm
 from tests.unit.averaging.simulation import start_of
 
 TOKENS = 100
 """of an inner step"""
-ROUND_S = 4.0
+ROUND_S = 3.0
 """the tokens of a round take the swarm about so long"""
 MAX_ROUND_S = 8.0
 GO_ON_S = 60.0
@@ -43,8 +43,6 @@ LAYOUTS: tuple[Layout, ...] = tuple(
 )
 STARTS = tuple(initial_state(index, start_of(layout), 1) for index, layout in enumerate(LAYOUTS))
 KEYS = [Keypair(bytes([number]) * 32) for number in range(1, 9)]
-ROUTINE = {"tick_forever", "_beat_forever", "_save_forever", "_live"}
-"""what a peer at rest does"""
 
 
 @dataclass
@@ -256,36 +254,18 @@ class Story:
         ]
 
     async def be_quiet(self) -> None:
-        await asyncio.sleep(QUIET_S)
         for side in self.sides():
             for fragment in range(self.around.run.fragments):
                 self.books.check_agreement(side, fragment)
-        for peer in self.books.peers:
-            doing = {task.get_coro().__name__ for task in peer.process.left()}  # type: ignore[union-attr]
-            stuck = doing - (set() if peer.process.dead else ROUTINE)
-            if stuck:
-                raise Broken(f"I3: {peer.process.name} still waits in {', '.join(sorted(stuck))}")
         for peer in self.alive():
-            for fragment in peer.averager._fragments.values():
-                if fragment.opening or fragment.following or fragment.downloading or fragment.rounds.member.in_round():
-                    raise Broken(f"I3: {peer.process.name} is still in a round after quiet")
-        self.loop.problems and self._raise_problem()
-
-    def _raise_problem(self) -> None:
-        raise Broken(f"an exception that nobody asked for: {self.loop.problems[0]}")
-
-
-def waits_in(peer: Peer) -> list[str]:
-    """Where its tasks are, the innermost line last."""
-    lines = []
-    for task in peer.process.left():
-        coroutine, places = task.get_coro(), []
-        while coroutine is not None and getattr(coroutine, "cr_frame", None) is not None:
-            frame = coroutine.cr_frame  # type: ignore[union-attr]
-            places.append(f"{coroutine.__name__}:{frame.f_lineno}")
-            coroutine = coroutine.cr_await  # type: ignore[union-attr]
-        lines.append(" > ".join(places))
-    return lines
+            peer.rest()
+        await self.wait(
+            lambda: not any(peer.process.left() or peer.is_busy() for peer in self.books.peers), limit_s=QUIET_S,
+            what=lambda: "; ".join(
+                f"{peer.process.name} still waits in {place}" for peer in self.books.peers
+                for place in [*peer.waits_in(), *(["a round"] if peer.is_busy() else [])]
+            ),
+        )
 
 
 def outcome_of(schedule: Schedule) -> Outcome:
@@ -302,7 +282,7 @@ def outcome_of(schedule: Schedule) -> Outcome:
         except Broken as broken:
             outcome.problem = str(broken)
             outcome.log += [f"nobody asked for {problem}" for problem in loop.problems]
-            outcome.log += [f"{peer.process.name} waits in {line}" for peer in story.alive() for line in waits_in(peer)]
+            outcome.log += [f"{peer.process.name} waits in {line}" for peer in story.alive() for line in peer.waits_in()]
 
     loop = play(told, random.Random(f"loop {schedule.seed}"))
     [story] = stories
