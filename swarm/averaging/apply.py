@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 
@@ -20,7 +20,7 @@ from swarm.averaging.global_state import GlobalState, outranks
 from swarm.averaging.layout import Layout
 from swarm.averaging.ledger import Ledger
 from swarm.averaging.messages import Commit, Opening, Part, preferred
-from swarm.averaging.results import COMMITS_AT_ONCE, History
+from swarm.averaging.results import COMMITS_AT_ONCE, Fates, History
 from swarm.errors import BadMessage, NetworkError, PeerRefused
 from swarm.events import Round
 from swarm.network import codec, frames, records
@@ -213,22 +213,18 @@ class Applier:
             raise BadMessage("a list of commits that is none")
         return [records.parse(Commit, item) for item in raw]
 
-    async def adopt(
-        self, state: GlobalState, *, absorbed: Sequence[str] = (), lost: Sequence[str] = (),
-        known: frozenset[str] | None = None,
-    ) -> bool:
-        """Jump to a downloaded state (already checked against its digest); see `Ledger.adopt`. `known`: own openings in
-        our history when the fates of all were asked for. False: there are more by now, so ask again."""
+    async def adopt(self, state: GlobalState, fates: Fates | None = None) -> bool:
+        """Jump to a downloaded state (already checked against its digest); see `Ledger.adopt`. `fates`: of what this
+        peer has contributed before, if anything. False: there is more of that by now, so find out again."""
         async with self._lock:
             if outranks(state.tokens, state.digest, self.ledger.state) or not self.trusted:
-                if known is not None and not known >= self.ledger.recent().keys():
+                if fates is not None and not fates.known >= self.ledger.recent().keys():
                     return False
                 self.trusted = True
-                await self._context.at_boundary(
-                    lambda: self.ledger.adopt(state, absorbed=absorbed, lost=lost)
-                )
-                self.history.forget()
-                self.history.saw(state.version, state.digest)
+                fates = fates or Fates()
+                absorbed, lost = fates.absorbed, fates.lost
+                await self._context.at_boundary(lambda: self.ledger.adopt(state, absorbed=absorbed, lost=lost))
+                self.history.move_over(fates, state.version, state.digest)
         return True
 
     def _emit_round(self, commit: Commit, seconds: float) -> None:

@@ -13,27 +13,14 @@ counted twice. Where somebody did not answer, it is asked again later: a guess w
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from swarm.averaging.apply import Applier
 from swarm.averaging.attestation import ASK_S
 from swarm.averaging.context import Context
 from swarm.averaging.messages import Commit
-from swarm.averaging.results import COMMITS_AT_ONCE
+from swarm.averaging.results import COMMITS_AT_ONCE, Fates
 from swarm.errors import NetworkError, PeerRefused, StateError
 from swarm.network.records import Head
-
-
-@dataclass(frozen=True)
-class Fates:
-    """Own openings, by id."""
-
-    known: frozenset[str] = frozenset()
-    """those that our history has contributions of; what came later has another fate"""
-    absorbed: tuple[str, ...] = ()
-    """of unknown fate so far, and in the new history"""
-    lost: tuple[str, ...] = ()
-    """in our history, and not in the new one"""
 
 
 async def fates_in(context: Context, applier: Applier, head: Head, *, donors: Sequence[str]) -> Fates:
@@ -41,7 +28,16 @@ async def fates_in(context: Context, applier: Applier, head: Head, *, donors: Se
     answer."""
     outstanding, recent = applier.ledger.outstanding(), applier.ledger.recent()
     needed = [version for version in {*outstanding.values(), *recent.values()} if version <= head.version]
-    commits, common = await _back(context, applier, head, donors=donors, down_to=min(needed, default=head.version + 1))
+    commits: dict[int, Commit] = {}
+    version, digest, can_tell = head.version, head.digest, True
+    while can_tell and version >= min(needed, default=head.version + 1) and not applier.history.knows(version, digest):
+        if version not in commits:
+            here = Head(version=version, digest=digest, tokens=head.tokens)
+            found = await _leading_to(context, applier, here, donors=donors)
+            commits |= {commit.opening.version: commit for commit in found}
+            can_tell = bool(found)
+        if can_tell:
+            version, digest = version - 1, commits[version].opening.base
     me = context.keypair.peer_id
 
     def has(opening_id: str, version: int) -> bool:
@@ -49,28 +45,12 @@ async def fates_in(context: Context, applier: Applier, head: Head, *, donors: Se
         return commit is not None and commit.opening.id == opening_id and commit.includes(me)
 
     return Fates(
-        frozenset(recent),
-        tuple(opening_id for opening_id, version in outstanding.items() if has(opening_id, version)),
-        tuple(key for key, version in recent.items() if version > common and not has(key, version)),
+        known=frozenset(recent),
+        absorbed=tuple(key for key, made in outstanding.items() if made > version and has(key, made)),
+        lost=tuple(key for key, made in recent.items() if made > version and not has(key, made)),
+        common=version if applier.history.knows(version, digest) else None,
+        commits=tuple(commits[number] for number in sorted(commits) if number > version),
     )
-
-
-async def _back(
-    context: Context, applier: Applier, head: Head, *, donors: Sequence[str], down_to: int
-) -> tuple[dict[int, Commit], int]:
-    """(the new history's commits by version, as far back as is needed; up to which version it is also ours, as far as
-    anybody can tell)."""
-    commits: dict[int, Commit] = {}
-    version, digest = head.version, head.digest
-    while version >= down_to and not applier.history.knows(version, digest):
-        if version not in commits:
-            here = Head(version=version, digest=digest, tokens=0)
-            found = await _leading_to(context, applier, here, donors=donors)
-            if not found:
-                break
-            commits |= {commit.opening.version: commit for commit in found}
-        version, digest = version - 1, commits[version].opening.base
-    return {number: commit for number, commit in commits.items() if number > version}, version
 
 
 async def _leading_to(context: Context, applier: Applier, head: Head, *, donors: Sequence[str]) -> list[Commit]:

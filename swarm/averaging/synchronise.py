@@ -79,10 +79,7 @@ class Synchroniser:
             head = Head(version=state.version, digest=state.digest, tokens=state.tokens)
             adopted = False
             while not adopted:  # a round may end meanwhile
-                fates = await fates_in(self._context, applier, head, donors=donors)
-                adopted = await applier.adopt(
-                    state, absorbed=fates.absorbed, lost=fates.lost, known=fates.known
-                )
+                adopted = await applier.adopt(state, await fates_in(self._context, applier, head, donors=donors))
             statuses = self._context.directory.alive().values()
             if all(status.head(state.fragment) is None for status in statuses):
                 self._context.emit(Warning(

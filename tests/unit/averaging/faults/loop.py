@@ -78,6 +78,7 @@ class StepLoop(asyncio.BaseEventLoop):
         super().__init__()
         self._now = 1000.0
         self._dice = dice
+        self.processes: list[Process] = []
         self.problems: list[str] = []
         """exceptions that nobody asked for"""
         self.set_task_factory(_make_task)  # type: ignore[arg-type]
@@ -87,7 +88,8 @@ class StepLoop(asyncio.BaseEventLoop):
         return self._now
 
     def process(self, name: str) -> Process:
-        return Process(self, name)
+        self.processes.append(Process(self, name))
+        return self.processes[-1]
 
     def resume(self, handles: list[asyncio.Handle]) -> None:
         self._ready.extend(handles)  # type: ignore[attr-defined]
@@ -160,6 +162,8 @@ def play(story: Callable[[StepLoop], Coroutine[Any, Any, None]], dice: random.Ra
     try:
         loop.run_until_complete(story(loop))
     finally:
+        for process in loop.processes:
+            process.thaw()
         for _ in range(THROES):
             left = asyncio.all_tasks(loop)
             if not left:

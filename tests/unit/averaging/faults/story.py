@@ -282,7 +282,9 @@ def outcome_of(schedule: Schedule) -> Outcome:
         except Broken as broken:
             outcome.problem = str(broken)
             outcome.log += [f"nobody asked for {problem}" for problem in loop.problems]
-            outcome.log += [f"{peer.process.name} waits in {line}" for peer in story.alive() for line in peer.waits_in()]
+            outcome.log += [
+                f"{peer.process.name} waits in {place}" for peer in story.alive() for place in peer.waits_in()
+            ]
 
     loop = play(told, random.Random(f"loop {schedule.seed}"))
     [story] = stories
