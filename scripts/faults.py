@@ -122,7 +122,7 @@ def play_with_log(seed: int) -> int:
     from tests.unit.averaging.faults.story import outcome_of
 
     _quiet()
-    outcome = outcome_of(draw(seed))
+    outcome = outcome_of(draw(seed), notes=True)
     print(outcome.schedule.text())
     print("\n".join(outcome.log))
     print(f"{outcome.problem or 'all holds'}; {outcome.tokens_lost} of {outcome.tokens_trained} tokens died")

@@ -7,7 +7,7 @@ there, and must go into the drift again.
 
 Whoever has been level with that history all the time can tell, be it a donor of the state or not; whoever has only
 downloaded it cannot. Where everybody says that they cannot, what is left is taken to be common: better not counted than
-counted twice. Where somebody did not answer, it is asked again later: a guess would lose tokens.
+counted twice. Where somebody did not answer, it is asked again for a while: a guess would lose tokens.
 """
 
 from __future__ import annotations
@@ -23,9 +23,11 @@ from swarm.errors import NetworkError, PeerRefused, StateError
 from swarm.network.records import Head
 
 
-async def fates_in(context: Context, applier: Applier, head: Head, *, donors: Sequence[str]) -> Fates:
+async def fates_in(
+    context: Context, applier: Applier, head: Head, *, donors: Sequence[str], patient: bool = True
+) -> Fates:
     """In the history that leads to `head`, which `donors` know. Raises StateError where somebody who may know did not
-    answer."""
+    answer; not `patient`: then that is taken for an answer."""
     outstanding, recent = applier.ledger.outstanding(), applier.ledger.recent()
     needed = [version for version in {*outstanding.values(), *recent.values()} if version <= head.version]
     commits: dict[int, Commit] = {}
@@ -33,7 +35,7 @@ async def fates_in(context: Context, applier: Applier, head: Head, *, donors: Se
     while can_tell and version >= min(needed, default=head.version + 1) and not applier.history.knows(version, digest):
         if version not in commits:
             here = Head(version=version, digest=digest, tokens=head.tokens)
-            found = await _leading_to(context, applier, here, donors=donors)
+            found = await _leading_to(context, applier, here, donors=donors, patient=patient)
             commits |= {commit.opening.version: commit for commit in found}
             can_tell = bool(found)
         if can_tell:
@@ -53,7 +55,9 @@ async def fates_in(context: Context, applier: Applier, head: Head, *, donors: Se
     )
 
 
-async def _leading_to(context: Context, applier: Applier, head: Head, *, donors: Sequence[str]) -> list[Commit]:
+async def _leading_to(
+    context: Context, applier: Applier, head: Head, *, donors: Sequence[str], patient: bool
+) -> list[Commit]:
     """Commits of somebody's history, the last one the one that made `head`; empty: nobody has it any more. Raises
     StateError."""
     statuses = context.directory.alive()
@@ -72,7 +76,7 @@ async def _leading_to(context: Context, applier: Applier, head: Head, *, donors:
             continue  # it does not hold the fragment, or is joining
         except NetworkError:
             silent.append(peer_id)
-    if silent:
+    if silent and patient:
         names = ", ".join(peer_id[-6:] for peer_id in silent)
         raise StateError(
             f"fragment {applier.fragment}: cannot tell yet what of this peer's is in version {head.version}",

@@ -15,11 +15,14 @@ from swarm.averaging.context import Context
 from swarm.averaging.download import Shape, Wanted, download, newest_head
 from swarm.averaging.fates import fates_in
 from swarm.averaging.global_state import GlobalState, Ranked, outranks
+from swarm.averaging.results import Fates
 from swarm.errors import NetworkError, StateError
 from swarm.events import Warning
 from swarm.network.records import Head
 
 TRIES = 5
+FATES_S = 120.0
+"""one that is alive and never says what it knows must not keep a peer in a history that has lost"""
 AGAIN_S = 0.3
 
 log = logging.getLogger(__name__)
@@ -46,6 +49,8 @@ class Synchroniser:
         self.rebuild: Callable[[Applier], Awaitable[bool]] = _never
         """makes a fragment anew of which there is no copy anywhere; False: there is"""
         self.rebuilt: list[int] = []
+        self._untold: dict[int, tuple[float, float]] = {}
+        """fragment -> when somebody was first and last silent about what is in its other history"""
 
     async def join(self) -> int:
         """Bring every fragment held to the swarm's newest head; returns the number of fragments that were downloaded.
@@ -79,13 +84,26 @@ class Synchroniser:
             head = Head(version=state.version, digest=state.digest, tokens=state.tokens)
             adopted = False
             while not adopted:  # a round may end meanwhile
-                adopted = await applier.adopt(state, await fates_in(self._context, applier, head, donors=donors))
+                adopted = await applier.adopt(state, await self._fates(applier, head, donors))
             statuses = self._context.directory.alive().values()
             if all(status.head(state.fragment) is None for status in statuses):
                 self._context.emit(Warning(
                     f"fragment {state.fragment}: nobody here holds it; went on from a spare copy of version"
                     f" {state.version}, {state.tokens} tokens"
                 ))
+
+    async def _fates(self, applier: Applier, head: Head, donors: list[str]) -> Fates:
+        """Raises StateError, for `FATES_S` at most."""
+        now = asyncio.get_running_loop().time()
+        first, last = self._untold.get(applier.fragment, (now, now))
+        first = first if now - last < FATES_S else now  # that was another time
+        try:
+            return await fates_in(
+                self._context, applier, head, donors=donors, patient=now - first < FATES_S
+            )
+        except StateError:
+            self._untold[applier.fragment] = first, asyncio.get_running_loop().time()
+            raise
 
     async def fetch(
         self, shape: Shape, *, better_than: Ranked | None

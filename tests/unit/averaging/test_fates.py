@@ -10,6 +10,7 @@ import pytest
 from swarm.averaging.fates import fates_in
 from swarm.averaging.held import HeldFragment
 from swarm.averaging.results import Fates
+from swarm.averaging.synchronise import FATES_S
 from swarm.errors import PeerGone, PeerRefused, StateError
 from swarm.network.records import Head
 from tests.unit.averaging.four_peers import Tell, learn, meet, open_round
@@ -163,6 +164,29 @@ def test_who_does_not_answer_is_asked_again_later(tell: Tell, method: str, silen
         many[silent].methods[method] = works
         await few[0].averager._follower.see_what_it_has(held(few[0]), many[0].id)
         assert few[0].head == many[0].head and few[0].averager.pending() == [100 + 2 * 30]
+        beating.cancel()
+
+    tell(story)
+
+
+def test_who_never_answers_keeps_nobody_in_a_history_that_has_lost(tell: Tell) -> None:
+    """Alive, and never a word of what it knows."""
+    async def story(peers: list[Peer]) -> None:
+        few, many = await part_ways(peers, together=0, apart=2)
+        only_downloaded(many[0])
+
+        async def never(link: object, header: dict[str, Any], body: bytes) -> Any:
+            await asyncio.sleep(1000)
+
+        many[1].methods["commits"] = never
+        beating = asyncio.ensure_future(beat(peers))
+        began = asyncio.get_running_loop().time()
+        while few[0].head != many[0].head:
+            took_s = asyncio.get_running_loop().time() - began
+            assert took_s < FATES_S + 100
+            await few[0].averager._follower.see_what_it_has(held(few[0]), many[0].id)
+            await asyncio.sleep(1)
+        assert took_s >= FATES_S and few[0].averager.pending() == [0], "what nobody tells counts as common"
         beating.cancel()
 
     tell(story)

@@ -23,6 +23,7 @@ from swarm.averaging.ledger import Contribution, Ledger
 from swarm.averaging.messages import Commit
 from swarm.averaging.reduction import reduce_part
 from swarm.network.codec import BLOCK
+from tests.unit.averaging.faults.loop import START_S
 from tests.unit.averaging.faults.peer import STEP, Peer
 
 CLOSE = STEP / 3
@@ -86,8 +87,11 @@ class Books:
             fragment.applier.on_applied.insert(0, self._listener(peer, fragment.applier))
 
     def say(self, peer: Peer | None, text: str) -> None:
-        now = self.peers[0].around.loop.time() - 1000 if self.peers else 0.0
-        self.log.append(f"{now:8.3f}  {peer.process.name if peer is not None else '':6}{text}")
+        self.note(peer.process.name if peer is not None else "", text)
+
+    def note(self, name: str, text: str) -> None:
+        now = self.peers[0].around.loop.time() - START_S if self.peers else 0.0
+        self.log.append(f"{now:8.3f}  {name:6}{text}")
 
     def _watch_offers(self, peer: Peer, ledger: Ledger) -> None:
         contribute = ledger.contribute

@@ -17,11 +17,18 @@ from typing import Any
 _RUNNING: contextvars.ContextVar[Process | None] = contextvars.ContextVar("process", default=None)
 OUTSIDE = contextvars.Context()
 """of what belongs to no process: the network's own timers"""
+START_S = 1000.0
 THROES = 50
 """times that a killed process is told to end: what still runs then never would"""
 REAP_S = 0.1
 COMPUTE_S = 0.02
 """a worker thread takes up to so long"""
+
+
+def running() -> str:
+    """The name of the process that is running; empty outside of any."""
+    process = _RUNNING.get()
+    return process.name if process is not None else ""
 
 
 class Process:
@@ -76,7 +83,7 @@ class Process:
 class StepLoop(asyncio.BaseEventLoop):
     def __init__(self, dice: random.Random) -> None:
         super().__init__()
-        self._now = 1000.0
+        self._now = START_S
         self._dice = dice
         self.processes: list[Process] = []
         self.problems: list[str] = []

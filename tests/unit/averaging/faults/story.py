@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ from swarm.host.keep import AMPLE, LITTLE
 from swarm.model.fragments import FragmentSpec, TensorSpec
 from swarm.network.keys import Keypair
 from tests.unit.averaging.faults.books import BROKEN, Books, Broken
-from tests.unit.averaging.faults.loop import StepLoop, play
+from tests.unit.averaging.faults.loop import START_S, StepLoop, play, running
 from tests.unit.averaging.faults.network import Network
 from tests.unit.averaging.faults.peer import Disk, Peer, Surroundings
 from tests.unit.averaging.faults.schedule import Crash, Cut, Fault, Freeze, Join, Schedule, Storm
@@ -268,8 +269,20 @@ class Story:
         )
 
 
-def outcome_of(schedule: Schedule) -> Outcome:
-    """Play it. Whatever breaks is in the outcome; nothing is raised but for bugs of the simulation itself."""
+class Notes(logging.Handler):
+    """What the product itself has to say of it, in the story's log."""
+
+    def __init__(self, story: Story) -> None:
+        super().__init__()
+        self._story = story
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._story.books.note(running(), f"  ({record.getMessage()})")
+
+
+def outcome_of(schedule: Schedule, *, notes: bool = False) -> Outcome:
+    """Play it. Whatever breaks is in the outcome; nothing is raised but for bugs of the simulation itself. `notes`: with
+    what the product logs."""
     outcome = Outcome(schedule)
     BROKEN.clear()
     stories: list[Story] = []
@@ -277,6 +290,11 @@ def outcome_of(schedule: Schedule) -> Outcome:
     async def told(loop: StepLoop) -> None:
         story = Story(loop, schedule, outcome)
         stories.append(story)
+        handler, log = Notes(story), logging.getLogger("swarm")
+        level = log.level
+        if notes:
+            log.addHandler(handler)
+            log.setLevel(logging.INFO)
         try:
             await story.tell()
         except Broken as broken:
@@ -285,6 +303,9 @@ def outcome_of(schedule: Schedule) -> Outcome:
             outcome.log += [
                 f"{peer.process.name} waits in {place}" for peer in story.alive() for place in peer.waits_in()
             ]
+        finally:
+            log.removeHandler(handler)
+            log.setLevel(level)
 
     loop = play(told, random.Random(f"loop {schedule.seed}"))
     [story] = stories
@@ -292,7 +313,7 @@ def outcome_of(schedule: Schedule) -> Outcome:
         outcome.problem = f"an exception that nobody asked for: {loop.problems[0]}"
     books = story.books
     states = [state for peer in story.alive() for state in peer.averager.states()]
-    outcome.commits, outcome.simulated_s = len(books.steps), loop.time() - 1000.0
+    outcome.commits, outcome.simulated_s = len(books.steps), loop.time() - START_S
     outcome.versions = max((state.version for state in states), default=0)
     outcome.tokens_trained = sum(sum(peer.trained.values()) for peer in books.peers)
     newest = {state.fragment: state.tokens for state in sorted(states, key=lambda state: state.tokens)}
