@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
@@ -18,18 +18,17 @@ from swarm.averaging.context import Context
 from swarm.averaging.global_state import GlobalState
 from swarm.averaging.layout import Layout
 from swarm.config import RunConfig
-from swarm.errors import BadMessage, NetworkError, PeerGone, PeerRefused, StateError
+from swarm.errors import NetworkError, StateError
 from swarm.events import Event
 from swarm.host.keep import Keep
 from swarm.network.directory import ALIVE_S, HEARTBEAT_S, UNSURE_S
 from swarm.network.keys import Keypair
-from swarm.network.link import Handler
 from swarm.network.records import Contact, Status
+from tests.unit.averaging.faults.endpoint import Answer, Endpoint
 from tests.unit.averaging.faults.loop import StepLoop
 from tests.unit.averaging.faults.network import Link, Network
 
 T = TypeVar("T")
-Answer = tuple[dict[str, Any], bytes]
 
 BOUNDARY_S = 0.2
 """until the training thread passes by"""
@@ -68,18 +67,18 @@ class Surroundings:
     """is told of each new process before it does anything"""
 
 
-class Peer:
+class Peer(Endpoint):
     reach = ""
-    bytes_sent = bytes_received = 0
 
     def __init__(
         self, around: Surroundings, key: Keypair, disk: Disk, *, name: str, holds: tuple[int, ...], keep: Keep,
         tokens: int, every_s: float, newcomer: bool = False,
     ) -> None:
         """`tokens`: of an inner step, which comes every `every_s`; `newcomer`: joins, and must be answered."""
-        self.around, self.key, self.id, self.disk, self.name, self.holds = around, key, key.peer_id, disk, name, holds
-        self.number, disk.processes = disk.processes, disk.processes + 1
-        self.process = around.loop.process(f"{name}.{self.number}")
+        process = around.loop.process(f"{name}.{disk.processes}")
+        super().__init__(around.loop, around.network, key.peer_id, process)
+        self.around, self.key, self.disk, self.name, self.holds = around, key, disk, name, holds
+        disk.processes += 1
         self.events: list[Event] = []
         self.trained = dict.fromkeys(holds, 0)
         """tokens of this process, by fragment"""
@@ -89,11 +88,9 @@ class Peer:
         self.training = True
         self.boundaries: set[asyncio.Future[Any]] = set()
         self._tokens, self._every_s, self._newcomer = tokens, every_s, newcomer
-        self._methods: dict[str, tuple[Handler, int]] = {}
         self._heard: dict[str, tuple[Status, float]] = {}
         self._lost_at: dict[str, float] = {}
-        self._asking: dict[asyncio.Future[Answer], Link] = {}
-        self._serving: dict[object, list[asyncio.Task[None]]] = {}
+        self.on("status", self._on_status)
         self.process.context.run(self._build, keep)
         around.network.arrives(self)
         around.watch(self)
@@ -141,7 +138,7 @@ class Peer:
                 await asyncio.sleep(AGAIN_S)  # a person starts it again
         self.averager.start()
         self._spawn(self._save_forever())
-        dice = random.Random(f"{self.id}/{self.number}")
+        dice = random.Random(f"{self.id}/{self.process.name}")
         while True:
             await asyncio.sleep(self._every_s * dice.uniform(0.5, 1.5))
             if self.training:
@@ -262,6 +259,15 @@ class Peer:
         else:
             self.hear(peer_id, answer["status"])
 
+    async def _on_status(self, link: Any, header: dict[str, Any], body: bytes) -> Answer:
+        self.hear(link.peer_id, header["status"])
+        return {"status": self.status()}, b""
+
+    def lost(self, peer_id: str) -> None:
+        if self._heard.pop(peer_id, None) is not None:
+            self._lost_at[peer_id] = self.around.loop.time()
+            self._spawn(self.tell(peer_id))
+
     def maddrs(self, peer_id: str) -> list[str]:
         return ["/ip4/127.0.0.1/tcp/1"]
 
@@ -277,105 +283,3 @@ class Peer:
     async def introduce(self, peer_ids: Iterable[str]) -> None:
         for peer_id in peer_ids:
             self.meet(peer_id, [])
-
-    # -- in place of the endpoint -----------------------------------------------------------------------------------
-
-    def on(self, method: str, handler: Handler, *, max_body: int = 0) -> None:
-        self._methods[method] = handler, max_body
-
-    def is_linked(self, peer_id: str) -> bool:
-        return self.around.network.is_linked(self, peer_id)
-
-    def on_link_closed(self, link: Link) -> None:
-        peer_id = link.other(self).id
-        if self._heard.pop(peer_id, None) is not None:
-            self._lost_at[peer_id] = self.around.loop.time()
-            self._spawn(self.tell(peer_id))
-        for waiting, through in list(self._asking.items()):
-            if through is link and not waiting.done():
-                waiting.set_exception(PeerGone("the link ended"))
-
-    async def call(
-        self, peer_id: str, method: str, header: Mapping[str, Any] | None = None, body: bytes = b"", *,
-        deadline_s: float, max_answer: int = 0, maddrs: Iterable[str] = (),
-    ) -> Answer:
-        network = self.around.network
-        link = await network.dial(self, peer_id)
-        other = link.other(self)
-        assert isinstance(other, Peer)
-        waiting: asyncio.Future[Answer] = self.around.loop.create_future()
-
-        def answered(answer: Answer | NetworkError) -> None:
-            if waiting.done():
-                return
-            if isinstance(answer, NetworkError):
-                waiting.set_exception(answer)
-            elif len(answer[1]) > max_answer:
-                waiting.set_exception(BadMessage("an answer that is too long"))
-            else:
-                waiting.set_result(answer)
-
-        def answer(content: Answer | NetworkError) -> None:
-            network.send(link, other, lambda: self.process.post(answered, content))
-
-        self._asking[waiting] = link
-        network.send(link, self, partial(
-            other.process.post, other.serve, self.id, waiting, method, dict(header or {}), body, answer
-        ))
-        try:
-            return await asyncio.wait_for(waiting, deadline_s)
-        except asyncio.TimeoutError:
-            raise PeerGone(f"{method}: no answer within {deadline_s:.1f} s") from None
-        finally:
-            del self._asking[waiting]
-            if waiting.cancelled():
-                network.send(link, self, partial(other.process.post, other.cancel, waiting))
-
-    async def notify(
-        self, peer_id: str, method: str, header: Mapping[str, Any] | None = None, body: bytes = b"", *,
-        deadline_s: float, maddrs: Iterable[str] = (),
-    ) -> None:
-        link = await self.around.network.dial(self, peer_id)
-        other = link.other(self)
-        assert isinstance(other, Peer)
-        self.around.network.send(link, self, partial(
-            other.process.post, other.serve, self.id, None, method, dict(header or {}), body, lambda content: None
-        ))
-
-    def serve(
-        self, asker: str, call: object, method: str, header: dict[str, Any], body: bytes,
-        answer: Callable[[Answer | NetworkError], None],
-    ) -> None:
-        """A request has come."""
-        task = asyncio.get_running_loop().create_task(self._serve(asker, method, header, body, answer))
-        if call is not None:
-            self._serving.setdefault(call, []).append(task)
-            task.add_done_callback(lambda done: self._serving.pop(call, None))
-
-    def cancel(self, call: object) -> None:
-        """Who asked does not wait any more."""
-        for task in self._serving.get(call, ()):
-            task.cancel()
-
-    async def _serve(
-        self, asker: str, method: str, header: dict[str, Any], body: bytes,
-        answer: Callable[[Answer | NetworkError], None],
-    ) -> None:
-        if method == "status":
-            self.hear(asker, header["status"])
-            answer(({"status": self.status()}, b""))
-            return
-        handler, max_body = self._methods.get(method, (None, 0))
-        try:
-            if handler is None or len(body) > max_body:
-                raise PeerRefused("no such method, or a body that is too long")
-            answer(await handler(_Caller(asker), header, body))  # type: ignore[arg-type]
-        except NetworkError as error:
-            answer(PeerRefused(str(error)))
-
-
-@dataclass(frozen=True)
-class _Caller:
-    """What a handler sees of a link."""
-
-    peer_id: str

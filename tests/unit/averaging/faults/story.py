@@ -281,8 +281,8 @@ class Notes(logging.Handler):
 
 
 def outcome_of(schedule: Schedule, *, notes: bool = False) -> Outcome:
-    """Play it. Whatever breaks is in the outcome; nothing is raised but for bugs of the simulation itself. `notes`: with
-    what the product logs."""
+    """Play it. Whatever breaks is in the outcome; nothing is raised but for bugs of the simulation itself. `notes`:
+    with what the product logs."""
     outcome = Outcome(schedule)
     BROKEN.clear()
     stories: list[Story] = []
