@@ -32,7 +32,7 @@ async def fates_in(
     needed = [version for version in {*outstanding.values(), *recent.values()} if version <= head.version]
     commits: dict[int, Commit] = {}
     version, digest, can_tell = head.version, head.digest, True
-    while can_tell and version >= min(needed, default=head.version + 1) and not applier.history.knows(version, digest):
+    while can_tell and version >= min(needed, default=head.version + 1) and not applier.history.passes(version, digest):
         if version not in commits:
             here = Head(version=version, digest=digest, tokens=head.tokens)
             found = await _leading_to(context, applier, here, donors=donors, patient=patient)
@@ -50,7 +50,7 @@ async def fates_in(
         known=frozenset(recent),
         absorbed=tuple(key for key, made in outstanding.items() if made > version and has(key, made)),
         lost=tuple(key for key, made in recent.items() if made > version and not has(key, made)),
-        common=version if applier.history.knows(version, digest) else None,
+        common=version if applier.history.passes(version, digest) else None,
         commits=tuple(commits[number] for number in sorted(commits) if number > version),
     )
 

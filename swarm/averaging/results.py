@@ -80,10 +80,13 @@ class History:
     def __init__(self) -> None:
         self._commits: OrderedDict[int, Commit] = OrderedDict()
         self._digests: OrderedDict[int, str] = OrderedDict()
+        self._told: set[int] = set()
+        """versions that others say this history has passed through: good enough to compare histories, but not for
+        anybody else to rely on"""
 
     def copy(self) -> History:
         other = History()
-        other._commits, other._digests = self._commits.copy(), self._digests.copy()
+        other._commits, other._digests, other._told = self._commits.copy(), self._digests.copy(), self._told.copy()
         return other
 
     def add(self, commit: Commit, digest: str) -> None:
@@ -94,10 +97,16 @@ class History:
 
     def saw(self, version: int, digest: str) -> None:
         self._digests[version] = digest
+        self._told.discard(version)
         while len(self._digests) > KEPT_COMMITS * 4:
-            self._digests.popitem(last=False)
+            self._told.discard(self._digests.popitem(last=False)[0])
 
     def knows(self, version: int, digest: str) -> bool:
+        """This peer has had that state itself, and can attest it."""
+        return self._digests.get(version) == digest and version not in self._told
+
+    def passes(self, version: int, digest: str) -> bool:
+        """Also by what others say."""
         return self._digests.get(version) == digest
 
     def commit(self, version: int) -> Commit | None:
@@ -123,7 +132,9 @@ class History:
         common = -1 if fates.common is None else fates.common
         self._commits = OrderedDict((key, commit) for key, commit in self._commits.items() if key <= common)
         self._digests = OrderedDict((key, known) for key, known in self._digests.items() if key <= common)
+        self._told = {key for key in self._told if key <= common}
         bases = [commit.opening.base for commit in fates.commits[1:]]
         for commit, made in zip(fates.commits, [*bases, digest], strict=False):
             self.add(commit, made)
+            self._told.add(commit.opening.version)
         self.saw(version, digest)

@@ -242,8 +242,9 @@ def test_its_history_is_the_new_one_from_the_fork_on(tell: Tell) -> None:
         for version in range(1, 5):
             one, other = ours.commit(version), theirs.commit(version)
             assert one is not None and other is not None and one.hash == other.hash
-            assert version == 4 or ours.knows(version, theirs.since(version, limit=1)[0].opening.base)
-        assert ours.knows(4, many[0].head[1])
+            assert version == 4 or ours.passes(version, theirs.since(version, limit=1)[0].opening.base)
+        assert ours.knows(4, many[0].head[1]) and ours.knows(2, theirs.since(2, limit=1)[0].opening.base)
+        assert not ours.knows(3, theirs.since(3, limit=1)[0].opening.base), "it has not had that state itself"
 
     tell(story)
 

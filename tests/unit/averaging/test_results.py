@@ -76,14 +76,16 @@ def test_after_a_jump_nothing_of_the_old_history_is_attested(signed_commit: Make
     assert history.since(8, limit=9) == [] and history.commit(9) is None
 
 
-def test_what_is_common_to_both_is_still_attested_and_what_is_new_is(signed_commit: MakeCommit) -> None:
+def test_what_is_common_to_both_is_still_attested_and_what_is_new_is_known(signed_commit: MakeCommit) -> None:
     history = History()
     for version in range(1, 7):
         history.add(signed_commit(version=version), f"{version}" * 64)
     new = tuple(signed_commit(version=version, base=base * 64, nonce=7) for version, base in ((4, "3"), (5, "a")))
     history.move_over(Fates(common=3, commits=new), 5, "b" * 64)
-    assert history.knows(3, "3" * 64) and history.knows(4, "a" * 64) and history.knows(5, "b" * 64)
-    assert not history.knows(4, "4" * 64) and not history.knows(6, "6" * 64) and history.commit(6) is None
+    assert history.knows(3, "3" * 64) and history.passes(4, "a" * 64) and history.knows(5, "b" * 64)
+    assert not history.knows(4, "a" * 64), "what others say of the way there is not attested"
+    assert not history.copy().knows(4, "a" * 64)
+    assert not history.passes(4, "4" * 64) and not history.knows(6, "6" * 64) and history.commit(6) is None
     assert [commit.opening.version for commit in history.since(0, limit=9)] == [1, 2, 3, 4, 5]
     assert history.since(3, limit=9) == list(new)
 

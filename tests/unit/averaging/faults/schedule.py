@@ -113,13 +113,13 @@ def _lasts_s(fault: Fault) -> float:
 def draw(seed: int) -> Schedule:
     """The same seed gives the same schedule, on every machine."""
     dice = random.Random(f"schedule {seed}")
-    count = dice.choices((1, 2, 3, 4, 5), (1, 6, 8, 4, 2))[0]
+    count = dice.choices((1, 2, 3, 4, 5), (1, 8, 8, 2, 1))[0]
     late = dice.random() < 0.25
     holds: list[tuple[int, ...]] = [(0,)] * (count + late)
     if dice.random() < 0.15:
         holds = [(0, 1), *(dice.choice(((0, 1), (0,), (1,))) for _ in holds[1:])]
-    start_s = dice.uniform(1.0, 5.0)
-    span_s = dice.uniform(3.0, 9.0)
+    start_s = dice.uniform(1.0, 4.0)
+    span_s = dice.uniform(3.0, 8.0)
     faults: list[Fault] = [Join(dice.uniform(2.0, start_s + span_s), count)] if late else []
     for _ in range(dice.choices((0, 1, 2, 3, 4), (1, 5, 5, 3, 1))[0]):
         at_s = start_s + span_s * dice.random()

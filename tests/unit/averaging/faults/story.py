@@ -29,7 +29,7 @@ from tests.unit.averaging.simulation import start_of
 
 TOKENS = 100
 """of an inner step"""
-ROUND_S = 3.0
+ROUND_S = 3.5
 """the tokens of a round take the swarm about so long"""
 MAX_ROUND_S = 8.0
 GO_ON_S = 60.0
