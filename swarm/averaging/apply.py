@@ -15,12 +15,12 @@ from collections.abc import Callable
 import torch
 
 from swarm.averaging import outer
-from swarm.averaging.context import Context
+from swarm.averaging.context import Context, nobody_asks
 from swarm.averaging.global_state import GlobalState, outranks
 from swarm.averaging.layout import Layout
 from swarm.averaging.ledger import Ledger
 from swarm.averaging.messages import Commit, Opening, Part, preferred
-from swarm.averaging.results import COMMITS_AT_ONCE, History
+from swarm.averaging.results import COMMITS_AT_ONCE, Fates, History
 from swarm.errors import BadMessage, NetworkError, PeerRefused
 from swarm.events import Round
 from swarm.network import codec, frames, records
@@ -63,7 +63,9 @@ class Applier:
         where nobody has its result bytes; then nothing has changed and a later status brings it up again.
         """
         # shielded: a round that is overtaken is cancelled, but never between moving the weights and noting it down
-        return await asyncio.shield(self._context.spawn(self._consider(commit, began_at, source)))
+        considering = self._context.spawn(self._consider(commit, began_at, source))
+        considering.add_done_callback(nobody_asks)
+        return await asyncio.shield(considering)
 
     async def _consider(self, commit: Commit, began_at: float | None, source: str) -> bool:
         clock = asyncio.get_running_loop().time
@@ -107,7 +109,7 @@ class Applier:
         known = self._prepared.get(index)
         if known is None or known[0] != result_hash:
             decoding = self._context.spawn(self._decode(opening.parts[index], data))
-            decoding.add_done_callback(lambda task: task.cancelled() or task.exception())  # nobody may ever ask
+            decoding.add_done_callback(nobody_asks)
             self._prepared[index] = result_hash, decoding
 
     async def _gather(self, commit: Commit, source: str) -> torch.Tensor:
@@ -211,16 +213,19 @@ class Applier:
             raise BadMessage("a list of commits that is none")
         return [records.parse(Commit, item) for item in raw]
 
-    async def adopt(self, state: GlobalState, *, absorbed: list[str], lost: list[str]) -> None:
-        """Jump to a downloaded state (already checked against its digest); see `Ledger.adopt`."""
+    async def adopt(self, state: GlobalState, fates: Fates | None = None) -> bool:
+        """Jump to a downloaded state (already checked against its digest); see `Ledger.adopt`. `fates`: of what this
+        peer has contributed before, if anything. False: there is more of that by now, so find out again."""
         async with self._lock:
             if outranks(state.tokens, state.digest, self.ledger.state) or not self.trusted:
+                if fates is not None and not fates.known >= self.ledger.recent().keys():
+                    return False
                 self.trusted = True
-                await self._context.at_boundary(
-                    lambda: self.ledger.adopt(state, absorbed=absorbed, lost=lost)
-                )
-                self.history.forget()
-                self.history.saw(state.version, state.digest)
+                fates = fates or Fates()
+                absorbed, lost = fates.absorbed, fates.lost
+                await self._context.at_boundary(lambda: self.ledger.adopt(state, absorbed=absorbed, lost=lost))
+                self.history.move_over(fates, state.version, state.digest)
+        return True
 
     def _emit_round(self, commit: Commit, seconds: float) -> None:
         sent, received = self._context.bytes_since_last_round()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 from collections.abc import Awaitable, Callable, Collection, Coroutine
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
@@ -21,6 +22,12 @@ INLINE_VALUES = 100_000
 """arithmetic on fewer values takes under a millisecond: less than handing it to another thread and back"""
 
 
+def nobody_asks(task: asyncio.Task[Any]) -> None:
+    """Done callback of a task whose error may never be asked for: whoever waited for it may have been cancelled."""
+    if not task.cancelled():
+        task.exception()
+
+
 class AtBoundary(Protocol):
     """Runs a function between two microbatches of the training thread (at once where nothing trains)."""
 
@@ -36,6 +43,8 @@ class Context:
     at_boundary: AtBoundary
     emit: Callable[[Event], None]
     keep: Keep = AMPLE
+    nonce: Callable[[], str] = lambda: secrets.token_hex(8)
+    """16 hex digits that make an opening unlike any other"""
     results: Results = field(init=False)
     tasks: set[asyncio.Task[Any]] = field(default_factory=set)
     before_write: Callable[[int], None] = lambda fragment: None

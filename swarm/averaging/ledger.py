@@ -137,6 +137,12 @@ class _Sent:
     recall: Callable[[], torch.Tensor]
 
 
+def _sent(opening_id: str, contribution: Contribution) -> list[_Sent]:
+    """None where it was not sent: nobody can have committed it."""
+    recall = contribution.recall
+    return [_Sent(opening_id, contribution.version, contribution.tokens, recall)] if recall is not None else []
+
+
 @dataclass(frozen=True)
 class _Applied:
     """How to take the newest commit back."""
@@ -188,7 +194,7 @@ class Ledger:
 
     def apply(self, state: GlobalState, opening_id: str, *, included: bool) -> None:
         """Move on to `state`, made by the commit of `opening_id`; `included`: with this peer's contribution."""
-        contribution = self._contributions.get(opening_id) if included else None
+        contribution = self._contribution_to(opening_id) if included else None
         applied = _Applied(opening_id, self.state, contribution, self._feedback)
         self._work.move(self.state.weights, state.weights)
         if contribution is not None:
@@ -196,8 +202,7 @@ class Ledger:
             self.pending_tokens -= contribution.tokens
             if contribution.lost is not None:
                 self._feedback = contribution.lost
-            if contribution.recall is not None:
-                self._absorbed.append(_Sent(opening_id, contribution.version, contribution.tokens, contribution.recall))
+            self._absorbed.extend(_sent(opening_id, contribution))
         self.state, self._applied = state, applied if self._keep.previous else None
         # openings of this version may still win over the applied commit, older ones only with a history of their own
         oldest = state.version if self._keep.previous else state.version + 1
@@ -205,8 +210,17 @@ class Ledger:
         for key, other in list(self._contributions.items()):
             if other.version < oldest:
                 del self._contributions[key]
-                if other.recall is not None and key not in absorbed:
-                    self._passed_over.append(_Sent(key, other.version, other.tokens, other.recall))
+                if key not in absorbed:
+                    self._passed_over.extend(_sent(key, other))
+
+    def _contribution_to(self, opening_id: str) -> Contribution | None:
+        """Also to one that was passed over: a peer may come back to a history that it has left."""
+        for old in [old for old in self._passed_over if old.opening_id == opening_id]:
+            self._passed_over.remove(old)
+            self._contributions[opening_id] = Contribution(
+                old.version, old.tokens, old.recall(), torch.zeros(0), recall=old.recall
+            )
+        return self._contributions.get(opening_id)
 
     def take_back(self) -> None:
         """Undo the newest commit, because a better one of the same version has turned up."""
@@ -229,24 +243,33 @@ class Ledger:
             self.take_back()  # the newest one can be undone exactly, its feedback too
         already = self._applied.contribution if self._applied else None
         self._work.move(self.state.weights, state.weights)
+        newly, again = [], [old for old in self._absorbed if old.opening_id in lost]
         for opening_id in absorbed:
-            contribution = self._contributions.pop(opening_id, None)
+            contribution = self._contributions.get(opening_id)
             if contribution is not None and contribution is not already:
                 self._work.absorb(contribution.values, contribution.tokens)
                 self.pending_tokens -= contribution.tokens
                 if contribution.lost is not None:
                     self._feedback = contribution.lost
+                newly += _sent(opening_id, contribution)
         for old in self._passed_over:
             if old.opening_id in absorbed:
                 self._work.absorb(old.recall(), old.tokens)
                 self.pending_tokens -= old.tokens
-        for old in self._absorbed:
-            if old.opening_id in lost:
-                self._work.release(old.recall(), old.tokens)
-                self.pending_tokens += old.tokens
+                newly.append(old)
+        for old in again:
+            self._work.release(old.recall(), old.tokens)
+            self.pending_tokens += old.tokens
+        # the swarm may yet go on in a third history, or in the one that we leave
+        settled = [*(old for old in self._absorbed if old not in again), *newly]
+        names = {old.opening_id for old in settled}
+        open_still = [*again, *(sent for item in self._contributions.items() for sent in _sent(*item))]
+        passed_over = {old.opening_id: old for old in [*self._passed_over, *open_still] if old.opening_id not in names}
         self._contributions.clear()
         self._absorbed.clear()
         self._passed_over.clear()
+        self._absorbed.extend(settled)
+        self._passed_over.extend(passed_over.values())
         self.state, self._applied = state, None
 
     def recent(self) -> dict[str, int]:

@@ -7,6 +7,7 @@ comes about rather than two halves.
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,18 +17,19 @@ import torch
 
 from swarm.averaging import plan
 from swarm.averaging.apply import Applier
-from swarm.averaging.context import Context
+from swarm.averaging.context import Context, nobody_asks
 from swarm.averaging.layout import Layout
 from swarm.averaging.messages import Commit, Contributor, Opening, PartResult
 from swarm.averaging.packed import Packed
 from swarm.averaging.part import Contributors, PartOwner, contributors_of
-from swarm.errors import BadMessage, NetworkError, PeerGone
+from swarm.errors import BadMessage, NetworkError, PeerGone, PeerRefused
 from swarm.network import codec, records
 from swarm.network.codec import BLOCK
 
 RETRY_S = 0.5
 """before a contribution is sent again whose way was cut off"""
 BUSY = "busy"
+KEPT_OVER, MAX_ID = 16, 64
 
 
 @dataclass
@@ -56,6 +58,10 @@ class Member:
         self.on_result: Callable[[Opening, int, Contributors, PartResult], None] = lambda *result: None
         """a part's result is made, here or by another owner"""
         self._current: _Current | None = None
+        self._taken: dict[str, tuple[int, asyncio.Task[dict[str, Any]]]] = {}
+        """openings of the version to come that this peer has been in -> (that version, what it answers)"""
+        self._over: deque[tuple[str, str]] = deque(maxlen=KEPT_OVER)
+        """(opening, who said so): the end of an opening may come before its beginning"""
 
     def refuse_reason(self, opening: Opening) -> str | None:
         """Why this peer cannot take part, or None. Of two openers the better-ranked one wins at every member."""
@@ -80,6 +86,8 @@ class Member:
 
     def abort(self, opening_id: object, *, by: str) -> None:
         """The opener gave up: nothing was committed, everything is still in the drift."""
+        if isinstance(opening_id, str) and len(opening_id) <= MAX_ID:
+            self._over.append((opening_id, by))
         if self._current is not None and self._current.opening.id == opening_id and self._current.opening.opener == by:
             self._leave_current()
 
@@ -89,10 +97,24 @@ class Member:
         self._current = None
 
     async def take_part(self, opening: Opening) -> dict[str, Any]:
-        """Contribute to an opening; answers with the tokens as soon as the contribution is taken. Its bytes follow."""
-        self.on_opening(opening.id)
-        self._leave_current()
-        current = self._current = _Current(opening, asyncio.get_running_loop().time() + 4 * opening.push_s + 4.0)
+        """Contribute to an opening; answers with the tokens as soon as the contribution is taken. Its bytes follow.
+
+        Once, however often it is asked: a second contribution to one opening would be another one than its owners have,
+        and the commit would take more off the drift than is in it. Raises PeerRefused where it is over already."""
+        if opening.id not in self._taken:
+            if (opening.id, opening.opener) in self._over:
+                raise PeerRefused("that opening is over")
+            self.on_opening(opening.id)
+            self._leave_current()
+            current = _Current(opening, asyncio.get_running_loop().time() + 4 * opening.push_s + 4.0)
+            self._current = current
+            contributing = self._context.spawn(self._contribute(current))
+            contributing.add_done_callback(nobody_asks)
+            self._taken[opening.id] = opening.version, contributing
+        return await asyncio.shield(self._taken[opening.id][1])
+
+    async def _contribute(self, current: _Current) -> dict[str, Any]:
+        opening = current.opening
         await self.owner.expect(opening)
         ledger = self._applier.ledger
         if ledger.pending_tokens == 0:
@@ -185,5 +207,6 @@ class Member:
     def settled(self, commit: Commit) -> None:
         """A commit was applied: end a round that it has overtaken."""
         self.owner.settled(commit)
+        self._taken = {key: taken for key, taken in self._taken.items() if taken[0] > commit.opening.version}
         if self._current is not None and self._current.opening.version <= commit.opening.version:
             self._leave_current()

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import secrets
 from collections import deque
 
 from swarm.averaging import plan
@@ -120,7 +119,7 @@ class Opener:
         )
         return Opening(
             fragment=self._fragment, version=state.version + 1, base=state.digest, members=everyone, parts=parts,
-            nonce=secrets.token_hex(8), push_s=plan.deadline_s(list(self._push_s), bytes_each=size if members else 0),
+            nonce=self._context.nonce(), push_s=plan.deadline_s(list(self._push_s), bytes_each=size if members else 0),
         )
 
     async def _attempt(self, opening: Opening) -> tuple[Commit | None, set[str]]:

@@ -87,11 +87,9 @@ class PartOwner:
         opening_id, tokens = header.get("id"), header.get("tokens")
         if not isinstance(opening_id, str) or type(tokens) is not int or not 0 <= tokens <= self._applier.max_claim:
             raise BadMessage("a push without id, or with an impossible number of tokens")
-        async with self._changed:  # a member may hear of the opening before we do
-            try:
-                await asyncio.wait_for(self._changed.wait_for(lambda: opening_id in self._gathered), OPENING_KNOWN_S)
-            except asyncio.TimeoutError:
-                raise PeerRefused("this peer does not know that opening") from None
+        # a member may hear of the opening before we do
+        if not await self._comes_to(lambda: opening_id in self._gathered, OPENING_KNOWN_S):
+            raise PeerRefused("this peer does not know that opening")
         await self.keep(opening_id, header.get("part"), sender, tokens, data)
 
     async def keep(self, opening_id: str, index: object, sender: str, tokens: int, data: bytes) -> None:
@@ -136,11 +134,8 @@ class PartOwner:
             received = gathered.received.get(index, {})
             return [member for member, tokens in wanted if received.get(member, (-1,))[0] != tokens]
 
-        async with self._changed:
-            try:
-                await asyncio.wait_for(self._changed.wait_for(lambda: not missing()), opening.push_s)
-            except asyncio.TimeoutError:
-                return {"missing": missing()}
+        if not await self._comes_to(lambda: not missing(), opening.push_s):
+            return {"missing": missing()}
         if not self._is_current(opening.id):
             raise PeerRefused("busy with another round")
         return (await self._reduce(gathered, index, wanted)).model_dump()
@@ -198,6 +193,18 @@ class PartOwner:
         self._gathered = {
             key: other for key, other in self._gathered.items() if other.opening.version > commit.opening.version
         }
+
+    async def _comes_to(self, condition: Callable[[], bool], limit_s: float) -> bool:
+        """Wait until something that has come makes it true. False: it did not in time."""
+        async def waiting() -> None:  # a task of its own has the lock and gives it back, however often it is cancelled
+            async with self._changed:
+                await self._changed.wait_for(condition)
+
+        try:
+            await asyncio.wait_for(waiting(), limit_s)
+        except asyncio.TimeoutError:
+            return False
+        return True
 
     def _my_part(self, opening: Opening, index: object) -> tuple[int, Part]:
         if type(index) is int and 0 <= index < len(opening.parts):  # True is an int

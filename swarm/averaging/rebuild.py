@@ -77,7 +77,7 @@ class Rebuilder:
         await asyncio.to_thread(lambda: state.digest)
         if not self.is_lost(applier):
             return False
-        await applier.adopt(state, absorbed=[], lost=[])
+        await applier.adopt(state)
         self._context.emit(Warning(
             f"FRAGMENT {index} WAS LOST AND {how}: nobody here has its state, or a copy of it; if a peer that has comes"
             " back, its history wins"

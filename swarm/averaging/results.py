@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import json
 from collections import OrderedDict
+from dataclasses import dataclass
 
 from swarm.averaging.messages import Commit
 from swarm.errors import BadMessage
@@ -57,16 +58,35 @@ class Results:
         return self._by_hash.get(key)
 
 
+@dataclass(frozen=True)
+class Fates:
+    """What has become of a peer's own openings (by id) in a history that it moves over to: fates.py."""
+
+    known: frozenset[str] = frozenset()
+    """those that our history has contributions of; what came later has another fate"""
+    absorbed: tuple[str, ...] = ()
+    """of unknown fate so far, and in the new history"""
+    lost: tuple[str, ...] = ()
+    """in our history, and not in the new one"""
+    common: int | None = None
+    """up to this version both are the same; None: nobody can tell"""
+    commits: tuple[Commit, ...] = ()
+    """of the new history, up to its head: from the common version on, or as far back as is known"""
+
+
 class History:
     """One fragment's applied commits, and the digests of its versions, newest last."""
 
     def __init__(self) -> None:
         self._commits: OrderedDict[int, Commit] = OrderedDict()
         self._digests: OrderedDict[int, str] = OrderedDict()
+        self._told: set[int] = set()
+        """versions that others say this history has passed through: good enough to compare histories, but not for
+        anybody else to rely on"""
 
     def copy(self) -> History:
         other = History()
-        other._commits, other._digests = self._commits.copy(), self._digests.copy()
+        other._commits, other._digests, other._told = self._commits.copy(), self._digests.copy(), self._told.copy()
         return other
 
     def add(self, commit: Commit, digest: str) -> None:
@@ -77,10 +97,16 @@ class History:
 
     def saw(self, version: int, digest: str) -> None:
         self._digests[version] = digest
+        self._told.discard(version)
         while len(self._digests) > KEPT_COMMITS * 4:
-            self._digests.popitem(last=False)
+            self._told.discard(self._digests.popitem(last=False)[0])
 
     def knows(self, version: int, digest: str) -> bool:
+        """This peer has had that state itself, and can attest it."""
+        return self._digests.get(version) == digest and version not in self._told
+
+    def passes(self, version: int, digest: str) -> bool:
+        """Also by what others say."""
         return self._digests.get(version) == digest
 
     def commit(self, version: int) -> Commit | None:
@@ -101,7 +127,14 @@ class History:
         commits = [commit.model_dump() for commit in self.since(since, limit=COMMITS_AT_ONCE)]
         return json.dumps({"commits": commits}, separators=(",", ":")).encode()
 
-    def forget(self) -> None:
-        """After a jump to a downloaded state: what came before may not lead here."""
-        self._commits.clear()
-        self._digests.clear()
+    def move_over(self, fates: Fates, version: int, digest: str) -> None:
+        """To another history, with this head, of which so much is known; what may not lead here is forgotten."""
+        common = -1 if fates.common is None else fates.common
+        self._commits = OrderedDict((key, commit) for key, commit in self._commits.items() if key <= common)
+        self._digests = OrderedDict((key, known) for key, known in self._digests.items() if key <= common)
+        self._told = {key for key in self._told if key <= common}
+        bases = [commit.opening.base for commit in fates.commits[1:]]
+        for commit, made in zip(fates.commits, [*bases, digest], strict=False):
+            self.add(commit, made)
+            self._told.add(commit.opening.version)
+        self.saw(version, digest)

@@ -6,7 +6,6 @@ Which one that is: attestation.py. The donor of the most tokens is asked for its
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Iterable
 
@@ -14,14 +13,16 @@ from swarm.averaging.apply import Applier
 from swarm.averaging.attestation import ATTEST_S, who_knows
 from swarm.averaging.context import Context
 from swarm.averaging.download import Shape, Wanted, download, newest_head
+from swarm.averaging.fates import fates_in
 from swarm.averaging.global_state import GlobalState, Ranked, outranks
-from swarm.averaging.messages import Commit
-from swarm.averaging.results import COMMITS_AT_ONCE
+from swarm.averaging.results import Fates
 from swarm.errors import NetworkError, StateError
 from swarm.events import Warning
 from swarm.network.records import Head
 
 TRIES = 5
+FATES_S = 120.0
+"""one that is alive and never says what it knows must not keep a peer in a history that has lost"""
 AGAIN_S = 0.3
 
 log = logging.getLogger(__name__)
@@ -48,6 +49,8 @@ class Synchroniser:
         self.rebuild: Callable[[Applier], Awaitable[bool]] = _never
         """makes a fragment anew of which there is no copy anywhere; False: there is"""
         self.rebuilt: list[int] = []
+        self._untold: dict[int, tuple[float, float]] = {}
+        """fragment -> when somebody was first and last silent about what is in its other history"""
 
     async def join(self) -> int:
         """Bring every fragment held to the swarm's newest head; returns the number of fragments that were downloaded.
@@ -62,7 +65,7 @@ class Synchroniser:
         index = applier.fragment
         own = await self.own_copy(index, applier.ledger.state.tokens)
         if own is not None:
-            await applier.adopt(own, absorbed=[], lost=[])
+            await applier.adopt(own)
         if await self.rebuild(applier):
             self.rebuilt.append(index)
             return False
@@ -78,14 +81,29 @@ class Synchroniser:
         found = await self.fetch(shape, better_than=applier.ledger.state if applier.trusted else None)
         if found is not None:
             state, donors = found
-            absorbed, lost = await self._fates(applier, donors, at=state.version)
-            await applier.adopt(state, absorbed=absorbed, lost=lost)
+            head = Head(version=state.version, digest=state.digest, tokens=state.tokens)
+            adopted = False
+            while not adopted:  # a round may end meanwhile
+                adopted = await applier.adopt(state, await self._fates(applier, head, donors))
             statuses = self._context.directory.alive().values()
             if all(status.head(state.fragment) is None for status in statuses):
                 self._context.emit(Warning(
                     f"fragment {state.fragment}: nobody here holds it; went on from a spare copy of version"
                     f" {state.version}, {state.tokens} tokens"
                 ))
+
+    async def _fates(self, applier: Applier, head: Head, donors: list[str]) -> Fates:
+        """Raises StateError, for `FATES_S` at most."""
+        now = asyncio.get_running_loop().time()
+        first, last = self._untold.get(applier.fragment, (now, now))
+        first = first if now - last < FATES_S else now  # that was another time
+        try:
+            return await fates_in(
+                self._context, applier, head, donors=donors, patient=now - first < FATES_S
+            )
+        except StateError:
+            self._untold[applier.fragment] = first, asyncio.get_running_loop().time()
+            raise
 
     async def fetch(
         self, shape: Shape, *, better_than: Ranked | None
@@ -155,31 +173,3 @@ class Synchroniser:
                     f"fragment {index}: only one peer knows version {head.version}; took it, nobody has more"
                 ))
                 return head, knowing
-
-    async def _fates(self, applier: Applier, donors: list[str], *, at: int) -> tuple[list[str], list[str]]:
-        """Of own openings: (those of unknown fate that are in the downloaded history, those that were in ours and are
-        not in it). `at`: its version; ours may be ahead in rounds and yet behind in tokens. Versions that no donor has
-        commits of any more are taken to be common to both."""
-        me = self._context.keypair.peer_id
-        outstanding, recent = applier.ledger.outstanding(), applier.ledger.recent()
-        theirs: dict[int, Commit] = {}
-        for version in sorted({*outstanding.values(), *recent.values()}, reverse=True):
-            for donor in donors:
-                for since in (max(0, version - COMMITS_AT_ONCE), version - 1):  # many at once, or what there is
-                    if version not in theirs:
-                        with contextlib.suppress(NetworkError):
-                            commits = await applier.commits_of(donor, since=since)
-                            theirs |= {commit.opening.version: commit for commit in commits}
-            if version not in theirs and version <= applier.ledger.state.version:
-                break  # nobody keeps what is older either
-
-        def has(opening_id: str, version: int) -> bool:
-            commit = theirs.get(version)
-            return commit is not None and commit.opening.id == opening_id and commit.includes(me)
-
-        absorbed = [opening_id for opening_id, version in outstanding.items() if has(opening_id, version)]
-        lost = [
-            opening_id for opening_id, version in recent.items()
-            if version > at or (version in theirs and not has(opening_id, version))
-        ]
-        return absorbed, lost

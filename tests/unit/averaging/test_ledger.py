@@ -74,7 +74,6 @@ class OnePeer(RuleBasedStateMachine):
         self.trained = 0
         self.offers: dict[str, Offer] = {}
         self.history: list[Offer | None] = []
-        self.jumped_at = 0  # history before this has come by download
         self.rounding = torch.zeros(LAYOUT.numel, dtype=torch.float64)
         self.newest: tuple[Offer | None, GlobalState] | None = None  # of the commit that can be taken back
 
@@ -163,11 +162,15 @@ class OnePeer(RuleBasedStateMachine):
 
     @rule(data=st.data(), with_it=st.booleans())
     def adopt(self, data: st.DataObject, with_it: bool) -> None:
-        """A download, some versions ahead on the same history; what it absorbed may be known."""
-        keys = self.usable(self.ledger.state) if with_it else []
+        """A download, some versions ahead on the same history, or in one that this peer has left long ago; what it
+        absorbed may be known."""
+        passed_over = [sent.opening_id for sent in self.ledger._passed_over]
+        keys = [*self.usable(self.ledger.state), *passed_over] if with_it else []
         absorbed = [data.draw(st.sampled_from(keys))] if keys else []
         self.ledger.adopt(self.next_state(self.ledger.state, versions=3), absorbed=absorbed)
         self.history += [self.offers[key] for key in absorbed]
+        for offer in [self.offers[key] for key in absorbed if key in passed_over]:
+            self.rounding -= offer.contribution.values.double() - offer.said
         self.jumped()
 
     @precondition(lambda self: self.newest is not None)
@@ -184,11 +187,11 @@ class OnePeer(RuleBasedStateMachine):
         self.history += [self.offers[key] for key in absorbed]
         self.jumped()
 
-    @precondition(lambda self: len(self.history) > self.jumped_at)
+    @precondition(lambda self: len(self.history) > 0)
     @rule(data=st.data())
     def adopt_a_history_that_parted_long_ago(self, data: st.DataObject) -> None:
         """What older commits had absorbed comes back as what others had heard of it: only the bytes are kept."""
-        parted_at = data.draw(st.integers(self.jumped_at, len(self.history) - 1))
+        parted_at = data.draw(st.integers(0, len(self.history) - 1))
         gone = [offer for offer in self.history[parted_at:] if offer is not None]
         newest = self.newest[0] if self.newest is not None else None
         self.ledger.adopt(
@@ -210,18 +213,18 @@ class OnePeer(RuleBasedStateMachine):
         self.jumped()
 
     def jumped(self) -> None:
-        self.offers.clear()
         self.newest = None
-        self.jumped_at = len(self.history)
-        assert self.ledger.previous is None and self.ledger.outstanding() == self.ledger.recent() == {}
+        assert self.ledger.previous is None and not self.ledger._contributions
 
     @invariant()
     def the_books_balance(self) -> None:
         absorbed = [offer for offer in self.history if offer is not None]
         pending = self.trained - sum(offer.contribution.tokens for offer in absorbed)
         assert self.ledger.pending_tokens == pending >= 0
-        recent = [offer.key for offer in self.history[self.jumped_at:] if offer is not None]
+        recent = [offer.key for offer in absorbed]
         assert sorted(self.ledger.recent()) == sorted(recent[-MAX_OWN:])
+        if len(self.offers) < MAX_OWN:
+            assert set(self.offers) - set(recent) <= self.ledger.outstanding().keys(), "it may be in another history"
         probe = self.ledger.contribute("probe", self.ledger.state.version + 1)
         self.ledger.withdraw("probe")
         assert probe.tokens == pending

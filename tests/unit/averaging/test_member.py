@@ -18,6 +18,7 @@ from swarm.averaging.layout import Layout
 from swarm.averaging.ledger import Drift, Ledger
 from swarm.averaging.member import Member
 from swarm.averaging.messages import (
+    Commit,
     Contributor,
     Opening,
     Part,
@@ -260,6 +261,77 @@ def test_the_better_ranked_of_two_openers_gets_it(play: Callable[[Story], None])
 def test_a_round_on_another_version_is_refused(play: Callable[[Story], None], change: dict[str, Any]) -> None:
     async def story(world: World) -> None:
         assert "at version 0" in str(world.member.refuse_reason(world.opening(**change)))
+
+    play(story)
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+def test_an_opening_that_comes_twice_is_contributed_to_once(play: Callable[[Story], None], at_once: bool) -> None:
+    """Found by scripts/faults.py: a second contribution took the place of the first one, whose bytes the owners had.
+    The commit then took more off the drift than was in it."""
+    async def story(world: World) -> None:
+        opening = world.opening()
+        world.learn(0.1, 100)
+        first = asyncio.create_task(world.member.take_part(opening))
+        if not at_once:
+            assert await first == {"tokens": 100}
+        world.learn(0.1, 50)
+        again = await world.member.take_part(opening)
+        assert again == await first, "the same answer, however late"
+        await world.all_sent(2)
+        await asyncio.sleep(0.02)
+        assert len(world.sent) == 2 and {tokens for _, _, tokens, _ in world.sent} == {again["tokens"]}
+        assert len(world.openings) == 1
+        assert world.ledger._contributions[opening.id].tokens == again["tokens"]
+
+    play(story)
+
+
+def test_who_asked_may_give_up_and_the_contribution_is_still_whole(play: Callable[[Story], None]) -> None:
+    async def story(world: World) -> None:
+        opening = world.opening()
+        world.learn(0.1, 100)
+        asked = asyncio.create_task(world.member.take_part(opening))
+        await asyncio.sleep(0)
+        asked.cancel()
+        await world.all_sent(2)
+        assert world.ledger._contributions[opening.id].recall is not None
+        assert await world.member.take_part(opening) == {"tokens": 100}
+
+    play(story)
+
+
+def test_the_end_of_an_opening_may_come_before_its_beginning(play: Callable[[Story], None]) -> None:
+    """Found by scripts/faults.py: a peer sat in a round that was over until its time was, and refused others."""
+    async def story(world: World) -> None:
+        opening = world.opening()
+        world.learn(0.1, 100)
+        world.member.abort(opening.id, by=world.ids[2])
+        world.member.abort(["nonsense"], by=world.ids[1])
+        world.member.abort("f" * 100_000, by=world.ids[1])
+        assert len(world.member._over) == 1, "what others say is bounded"
+        world.member.abort(opening.id, by=world.ids[1])
+        with pytest.raises(PeerRefused, match="over"):
+            await world.member.take_part(opening)
+        assert not world.member.in_round() and not world.openings and world.ledger.pending_tokens == 100
+        other = world.opening(nonce=1)
+        world.member.abort(other.id, by=world.ids[2])
+        assert await world.member.take_part(other) == {"tokens": 100}, "only its opener can end it"
+        for _ in range(40):
+            world.member.abort("e" * 64, by=world.ids[1])
+        assert len(world.member._over) == member.KEPT_OVER
+
+    play(story)
+
+
+def test_openings_of_versions_that_are_over_are_forgotten(
+    play: Callable[[Story], None], signed_commit: Callable[..., Commit]
+) -> None:
+    async def story(world: World) -> None:
+        await world.member.take_part(world.opening())
+        assert len(world.member._taken) == 1
+        world.member.settled(signed_commit(version=1))
+        assert not world.member._taken and not world.member.in_round()
 
     play(story)
 

@@ -185,6 +185,31 @@ def test_it_waits_for_what_is_on_its_way(play: Callable[[Story], None]) -> None:
     play(story)
 
 
+@pytest.mark.parametrize("method", ["reduce", "push"])
+def test_who_waits_may_be_cancelled_twice_and_nobody_else_waits_for_ever(
+    play: Callable[[Story], None], method: str
+) -> None:
+    """Found by scripts/faults.py: cancelled again while it was taking the lock back, the lock was never given back, and
+    the peer was in no round any more."""
+    async def story(world: World) -> None:
+        await world.push(0)
+        header = {"id": "f" * 64, "part": 0, "tokens": 1}
+        waits = world.reduce({0: 100, 1: 100}) if method == "reduce" else world.owner.push(header, b"", sender="x")
+        waiting = asyncio.create_task(waits)
+        await asyncio.sleep(0.01)
+        async with world.owner._changed:  # so that the lock cannot be had at once
+            for _ in range(3):
+                waiting.cancel()
+                await asyncio.sleep(0)
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        await asyncio.wait_for(world.push(1), 5)
+        await asyncio.wait_for(world.owner.expect(world.opening), 5)
+        assert not world.owner._changed.locked()
+
+    play(story)
+
+
 def test_other_tokens_than_the_opener_heard_of_count_as_missing(play: Callable[[Story], None]) -> None:
     async def story(world: World) -> None:
         await world.push(0, tokens=100)

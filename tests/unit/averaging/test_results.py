@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable
 
 from swarm.averaging.messages import Commit
-from swarm.averaging.results import KEPT_COMMITS, History, Results
+from swarm.averaging.results import KEPT_COMMITS, Fates, History, Results
 
 MakeCommit = Callable[..., Commit]
 
@@ -71,7 +71,29 @@ def test_a_replaced_commit_is_forgotten(signed_commit: MakeCommit) -> None:
 def test_after_a_jump_nothing_of_the_old_history_is_attested(signed_commit: MakeCommit) -> None:
     history = History()
     history.add(signed_commit(version=9), "a" * 64)
-    history.forget()
-    history.saw(8, "c" * 64)  # another history, fewer versions, more tokens
+    history.move_over(Fates(), 8, "c" * 64)  # another history, fewer versions, more tokens
     assert history.knows(8, "c" * 64) and not history.knows(9, "a" * 64)
     assert history.since(8, limit=9) == [] and history.commit(9) is None
+
+
+def test_what_is_common_to_both_is_still_attested_and_what_is_new_is_known(signed_commit: MakeCommit) -> None:
+    history = History()
+    for version in range(1, 7):
+        history.add(signed_commit(version=version), f"{version}" * 64)
+    new = tuple(signed_commit(version=version, base=base * 64, nonce=7) for version, base in ((4, "3"), (5, "a")))
+    history.move_over(Fates(common=3, commits=new), 5, "b" * 64)
+    assert history.knows(3, "3" * 64) and history.passes(4, "a" * 64) and history.knows(5, "b" * 64)
+    assert not history.knows(4, "a" * 64), "what others say of the way there is not attested"
+    assert not history.copy().knows(4, "a" * 64)
+    assert not history.passes(4, "4" * 64) and not history.knows(6, "6" * 64) and history.commit(6) is None
+    assert [commit.opening.version for commit in history.since(0, limit=9)] == [1, 2, 3, 4, 5]
+    assert history.since(3, limit=9) == list(new)
+
+
+def test_where_nobody_can_tell_what_is_common_only_the_new_is_attested(signed_commit: MakeCommit) -> None:
+    history = History()
+    history.add(signed_commit(version=1), "1" * 64)
+    new = (signed_commit(version=3, base="2" * 64),)
+    history.move_over(Fates(commits=new), 3, "3" * 64)
+    assert not history.knows(1, "1" * 64) and history.knows(3, "3" * 64)
+    assert history.since(2, limit=9) == list(new) and history.since(0, limit=9) == []
