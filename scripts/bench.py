@@ -11,6 +11,7 @@
     scripts/bench.py placement  efficiency of rules by which peers choose fragments (simulated)
     scripts/bench.py pipeline   a model in stages: speed, churn, loss
     scripts/bench.py objectives   tokens a second of causal, prefix-LM, UL2 and UL2R examples, with packing
+    scripts/bench.py poison     loss with poisoners among the peers, with and without the defence (an hour)
     scripts/bench.py recipe     GPT-JT's recipe in small, in a swarm of four, against causal only (about 20 minutes)
 """
 
@@ -28,13 +29,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from benches import churn, join, loss, memory, objectives, pipeline, placement, recipe, traffic, wan
+from benches import churn, join, loss, memory, objectives, pipeline, placement, poison, recipe, traffic, wan
 from benches import round as rounds
 from entry import guarded, start
 
 BENCHES = {
     bench.NAME: bench
-    for bench in (loss, wan, traffic, rounds, join, churn, placement, pipeline, memory, objectives, recipe)
+    for bench in (loss, wan, traffic, rounds, join, churn, placement, pipeline, memory, objectives, recipe, poison)
 }
 
 

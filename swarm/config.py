@@ -93,6 +93,9 @@ class AveragingConfig:
     """on the wire: 4, 8 or 32 a value (norms, biases and embeddings at least 8)"""
     outer_learning_rate: float = 0.7
     outer_momentum: float = 0.9
+    robust: bool = True
+    """contributions are held against each other, so that few cannot spoil the average (averaging/robust.py). False: the
+    plain mean, of people who trust each other's computers"""
 
 
 @dataclass(frozen=True)
@@ -231,6 +234,8 @@ def canonical_json(run: RunConfig) -> bytes:
         document = dataclasses.asdict(run)
         if run.pipeline == PipelineConfig():
             del document["pipeline"]
+        if run.averaging.robust:
+            del document["averaging"]["robust"]
         document["sources"] = {name: _said(source) for name, source in run.sources.items()}
         document["phases"] = [_said(phase) for phase in run.phases]
         for name in ("data", "sources", "phases"):

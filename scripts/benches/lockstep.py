@@ -7,7 +7,7 @@ from typing import Protocol
 
 import torch
 
-from swarm.averaging import outer, plan
+from swarm.averaging import outer, plan, robust
 from swarm.averaging.global_state import GlobalState
 from swarm.averaging.layout import Layout
 from swarm.averaging.ledger import Ledger
@@ -50,7 +50,7 @@ def average(run: RunConfig, index: int, holders: Sequence[Holder]) -> tuple[str,
             said.append(decoded[part][name])
         contribution.lost = Packed.of(contribution.offered - torch.cat(said))
     results = [
-        _reduce(index, layout, (start, end), holders[owner], decoded[part], counts, bits)
+        _reduce(run, index, layout, (start, end), holders[owner], decoded[part], counts)
         for part, (start, end, owner) in enumerate(parts)
     ]
     tokens = state.tokens + sum(counts.values())
@@ -60,11 +60,14 @@ def average(run: RunConfig, index: int, holders: Sequence[Holder]) -> tuple[str,
 
 
 def _reduce(
-    index: int, layout: Layout, part: tuple[int, int], owner: Holder, values: dict[str, torch.Tensor],
-    counts: dict[str, int], bits: int,
+    run: RunConfig, index: int, layout: Layout, part: tuple[int, int], owner: Holder,
+    values: dict[str, torch.Tensor], counts: dict[str, int],
 ) -> torch.Tensor:
-    start, end = part
+    (start, end), bits = part, run.averaging.bits
     feedback = owner.feedback.get((index, start, end), torch.zeros((end - start) * codec.BLOCK))
     fine = layout.fine_in(start, end)
-    data, owner.feedback[index, start, end] = reduce_part(values, counts, feedback, num_fine=fine, bits=bits)
+    verdict = robust.judge_for(run.averaging, values, counts, plan.weights(counts))
+    data, owner.feedback[index, start, end] = reduce_part(
+        values, counts, feedback, num_fine=fine, bits=bits, verdict=verdict
+    )
     return codec.decode(data, end - start, fine, bits)
