@@ -39,9 +39,9 @@ CHANCE = 3.0
 """times what the cosine of two vectors is that have nothing to do with each other: one over the root of their values"""
 NORM_LIMIT = 1.5
 """times the median norm"""
-GROWTH_LIMIT = 2.0
-"""a peer that has trained more may be longer, by the root of its tokens, but no more than by this: that it has is only
-what it says"""
+GROWTH_LIMIT = 3.0
+"""a contribution of more tokens may be longer, by their root, but no more than by this (9 times the tokens): that they
+were trained is only what its peer says"""
 STRIDE, MIN_STRIDE = 1 << 16, 4096
 """values of all rows that are worked on together: a quarter of a megabyte, which a core's second cache holds. Of a row
 no fewer than the other, or calls cost more than arithmetic"""
