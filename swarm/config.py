@@ -108,9 +108,12 @@ class AveragingConfig:
     momentum_restart: float = 0.5
     """outer momentum starts again where more than this share of the swarm's weight is new or gone at once: it is the
     memory of another swarm (symptom: a loss that jumps when many join or leave). 1: never"""
+    robust: bool = True
+    """contributions are held against each other, so that few cannot spoil the average (averaging/robust.py). False: the
+    plain mean, of people who trust each other's computers"""
 
 
-LATER_AVERAGING = ("first_round_tokens", "ramp_tokens", "warm_steps", "momentum_restart")
+LATER_AVERAGING = ("first_round_tokens", "ramp_tokens", "warm_steps", "momentum_restart", "robust")
 """settings that came later: see `canonical_json`"""
 
 

@@ -15,9 +15,8 @@ from typing import Protocol
 
 import torch
 
-from swarm.averaging import outer, plan, roll
+from swarm.averaging import outer, plan, robust, roll
 from swarm.averaging.global_state import GlobalState
-from swarm.averaging.layout import Layout
 from swarm.averaging.ledger import Drift, Ledger
 from swarm.averaging.packed import Packed
 from swarm.averaging.reduction import reduce_part
@@ -187,20 +186,21 @@ def average(
     warm = roll.warmth(state.roll, counts, run)
     results = []
     for part, (start, end, owner) in enumerate(parts):
-        data = _reduce(index, layout, (start, end), holders[owner], decoded[part], counts, warm, bits)
+        data = _reduce(run, index, (start, end), holders[owner], decoded[part], counts, warm)
         sent += len(data) * (len(holders) - 1)
         results.append(codec.decode(data, end - start, layout.fine_in(start, end), bits))
     return opening, outer.advance(run, state, counts, torch.cat(results), layout.decay_mask()), sent
 
 
 def _reduce(
-    index: int, layout: Layout, part: tuple[int, int], owner: Holder, values: dict[str, torch.Tensor],
-    counts: dict[str, int], warm: Mapping[str, float], bits: int,
+    run: RunConfig, index: int, part: tuple[int, int], owner: Holder, values: dict[str, torch.Tensor],
+    counts: dict[str, int], warm: Mapping[str, float],
 ) -> bytes:
-    start, end = part
+    (start, end), bits = part, run.averaging.bits
     feedback = owner.feedback.get((index, start, end), torch.zeros((end - start) * codec.BLOCK))
-    fine = layout.fine_in(start, end)
+    fine = owner.held.layouts[index].fine_in(start, end)
+    verdict = robust.judge_for(run.averaging, values, counts, plan.weights(counts, warm))
     data, owner.feedback[index, start, end] = reduce_part(
-        values, counts, feedback, num_fine=fine, bits=bits, warmth=warm
+        values, counts, feedback, num_fine=fine, bits=bits, verdict=verdict
     )
     return data

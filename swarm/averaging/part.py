@@ -3,7 +3,7 @@
 It does not wait to be told: as soon as all members of an opening have spoken of a part (with values, or to say that
 they have none), its result is made, signed for the opener and pushed to all, so that it is there before the commit that
 names it (two legs of the network saved), and while contributions to the next part still arrive. Where somebody stays
-silent, the opener asks for a result without it: `reduce`.
+silent, the opener asks for a result without it: `reduce`. How far each contributor is believed is trust.py's to say.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from swarm.averaging.context import Context
 from swarm.averaging.messages import Commit, Contributor, Opening, Part, PartResult, result_message
 from swarm.averaging.packed import Packed
 from swarm.averaging.reduction import reduce_part
+from swarm.averaging.robust import Verdict
+from swarm.averaging.trust import Trust
 from swarm.errors import BadMessage, NetworkError, PeerRefused
 from swarm.network import codec, records
 from swarm.network.codec import BLOCK
@@ -65,6 +67,7 @@ class PartOwner:
         self._gathered: dict[str, _Gathered] = {}
         self._changed = asyncio.Condition()
         self._feedback: dict[tuple[int, int], Packed | None] = {}
+        self._trust = Trust(context.run.averaging, fragment=applier.fragment, emit=context.emit)
 
     async def expect(self, opening: Opening) -> None:
         """This peer takes part in `opening`; only from now on does it take contributions to it."""
@@ -149,16 +152,18 @@ class PartOwner:
             span, num_values = (part.start, part.end), (part.end - part.start) * BLOCK
             before = self._feedback.get(span)
             values = {opening.members[member]: gathered.received[index][member][1] for member, _ in contributors}
-            tokens = {opening.members[member]: count for member, count in contributors}
+            claimed = {opening.members[member]: count for member, count in contributors}
+            tokens = self._trust.believed(claimed, version=opening.version)
             warm = roll.warmth(self._applier.ledger.state.roll, tokens, self._context.run)
 
-            def compute() -> tuple[bytes, Packed | None]:
+            def compute() -> tuple[bytes, Packed | None, Verdict]:
                 feedback = torch.zeros(num_values) if before is None else before.read()
-                fine = self._layout.fine_in(*span)
-                data, left = reduce_part(values, tokens, feedback, num_fine=fine, bits=self._bits, warmth=warm)
-                return data, Packed.of(left) if self._bits < 32 else None
+                fine, verdict = self._layout.fine_in(*span), self._trust.judge(values, tokens, warm)
+                data, left = reduce_part(values, tokens, feedback, num_fine=fine, bits=self._bits, verdict=verdict)
+                return data, Packed.of(left) if self._bits < 32 else None, verdict
 
-            data, left = await self._context.compute(compute, num_values=num_values * len(values))
+            data, left, verdict = await self._context.compute(compute, num_values=num_values * len(values))
+            self._trust.say(verdict)
             result_hash = self._context.results.put(data)
             named = [Contributor(member=member, tokens=count) for member, count in contributors]
             message = result_message(opening.id, index, named, result_hash)
@@ -182,6 +187,7 @@ class PartOwner:
 
     def settled(self, commit: Commit) -> None:
         """A commit was applied: charge the feedback of my parts in it, drop all openings of its version."""
+        self._trust.settled(commit)
         gathered = self._gathered.get(commit.opening.id)
         if gathered is not None:
             contributors = contributors_of({c.member: c.tokens for c in commit.contributors})

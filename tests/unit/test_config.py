@@ -77,6 +77,7 @@ def test_the_hash_of_a_known_config_never_changes():
     )  # fmt: skip
     assert document.pop("pipeline") == {"activation_bits": 8}, "came later: spelt only where it says anything"
     assert (document.pop("sources"), document.pop("phases")) == ({}, []), "so did these"
+    assert document["averaging"].pop("robust") is True, "and this"
     assert document.pop("base_digests") == [] and document["model"].pop("lora") is None, "these as well"
     for key in LATER_AVERAGING:
         del document["averaging"][key]
@@ -98,7 +99,7 @@ def test_the_order_and_spelling_of_the_yaml_do_not_matter():
     [
         {"seed": 1}, {"fragments": 5}, {"tokenizer": "gpt2"}, {"train__learning_rate": 0.002},
         {"averaging__bits": 8}, {"data__held_out_percent": 5}, {"model__config": {"model_type": "llama"}},
-        {"pipeline__activation_bits": 4},
+        {"pipeline__activation_bits": 4}, {"averaging__robust": False},
         {"initial_digests": ["0" * 64] * 4},
     ],
     ids=lambda change: next(iter(change)),

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from swarm.averaging import outer, plan
+from swarm.averaging import outer, plan, robust
 from swarm.averaging.global_state import GlobalState, initial_state
 from swarm.averaging.layout import Layout
 from swarm.averaging.ledger import Drift, Ledger
@@ -66,9 +66,9 @@ def round_of(run: RunConfig, peers: list[Peer], contributors: list[Peer], openin
             said[name].append(received[name])
         keeper = next(p for p in peers if p.name == owner)
         old = keeper.feedback.get((start, end), torch.zeros((end - start) * BLOCK))
-        data, new = reduce_part(
-            received, {name: c.tokens for name, c in offered.items()}, old, num_fine=fine, bits=bits
-        )
+        counts = {name: c.tokens for name, c in offered.items()}
+        verdict = robust.judge_for(run.averaging, received, counts, plan.weights(counts))
+        data, new = reduce_part(received, counts, old, num_fine=fine, bits=bits, verdict=verdict)
         keeper.feedback = {(start, end): new}
         bodies.append(data)
         spans.append((start, end, fine))
@@ -125,7 +125,7 @@ def test_digests_are_equal_and_no_token_is_lost_or_counted_twice(
 def test_fp32_and_a_plain_average_is_the_weighted_mean_of_the_working_weights(
     make_run: Callable[..., RunConfig], swarm_of: Callable[[int], list[Peer]]
 ) -> None:
-    run = make_run({"total_tokens": 10**9}, bits=32, outer_learning_rate=1.0, outer_momentum=0.0)
+    run = make_run({"total_tokens": 10**9}, bits=32, outer_learning_rate=1.0, outer_momentum=0.0, robust=False)
     peers = swarm_of(3)
     tokens = {"peer-0": 100, "peer-1": 150, "peer-2": 50}  # none is over the cap of twice the median
     for version in range(1, 21):
@@ -144,7 +144,7 @@ def test_what_is_learnt_survives_quantising_both_ways(
     make_run: Callable[..., RunConfig], swarm_of: Callable[[int], list[Peer]], bits: int
 ) -> None:
     """A plain average of equal peers: start + mean of all learning = global weights + what feedbacks still hold."""
-    run = make_run({"total_tokens": 10**9}, bits=bits, outer_learning_rate=1.0, outer_momentum=0.0)
+    run = make_run({"total_tokens": 10**9}, bits=bits, outer_learning_rate=1.0, outer_momentum=0.0, robust=False)
     peers = swarm_of(4)
     start = peers[0].ledger.state.weights.double()
     for version in range(1, 41):

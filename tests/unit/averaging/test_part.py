@@ -21,8 +21,10 @@ from swarm.averaging.ledger import Drift, Ledger
 from swarm.averaging.messages import Contributor, Opening, Part, PartResult, make_commit, result_message
 from swarm.averaging.part import Contributors, PartOwner, contributors_of
 from swarm.averaging.roll import LEAST_WARMTH, Entry
+from swarm.averaging.trust import Trust
 from swarm.config import RunConfig
 from swarm.errors import BadMessage, NetworkError, PeerRefused
+from swarm.events import Event
 from swarm.network import codec
 from swarm.network.codec import BLOCK
 from swarm.network.keys import Keypair, verify
@@ -316,3 +318,57 @@ def test_only_so_many_openings_are_kept(play: Callable[[Story], None]) -> None:
 
 def test_contributors_are_in_order_and_have_something() -> None:
     assert contributors_of({2: 5, 0: 7, 1: 0}) == ((0, 7), (2, 5))
+
+
+def test_a_poisoner_among_three_is_left_out_and_named_once(play: Callable[[Story], None]) -> None:
+    async def story(world: World) -> None:
+        events: list[Event] = []
+        world.owner._trust = Trust(world.run.averaging, fragment=0, emit=events.append)
+        await world.push(0)
+        await world.push(1)
+        poison = codec.encode(torch.full((world.layout.numel,), -1e6), world.layout.num_fine_blocks, 8)
+        header = {"id": world.opening.id, "part": 0, "tokens": 100}
+        await world.owner.push(header, poison, sender=world.ids[2])
+        [(contributors, result)] = world.results
+        assert contributors == ((0, 100), (1, 100), (2, 100)), "it is in the commit with nothing"
+        assert world.value_of(result) == pytest.approx(1.5, abs=0.02)
+        [warning] = events
+        assert world.ids[2][-6:] in str(warning)
+
+    play(story)
+
+
+def test_tokens_count_as_far_as_earlier_commits_support_them(play: Callable[[Story], None]) -> None:
+    async def story(world: World) -> None:
+        named = [Contributor(member=member, tokens=100) for member in range(3)]
+        unsigned = PartResult(hash="0" * 64, signature="0" * 128)
+        for version in (1, 2, 3):
+            opening = Opening(**{**world.opening.model_dump(), "version": version})
+            world.owner.settled(make_commit(world.keys[0], opening, named, [unsigned]))
+        world.opening = Opening(**{**world.opening.model_dump(), "version": 4})
+        await world.owner.expect(world.opening)
+        await world.push(0, tokens=20)
+        await world.push(1, tokens=100)
+        await world.push(2, tokens=1000)
+        [(contributors, result)] = world.results
+        assert contributors == ((0, 20), (1, 100), (2, 1000)), "the commit says what was claimed"
+        assert world.value_of(result) == pytest.approx((20 * 1 + 100 * 2 + 200 * 3) / 320, abs=0.02)
+
+    play(story)
+
+
+def test_a_run_that_trusts_its_peers_takes_the_plain_mean(
+    make_run: Callable[..., RunConfig], layout: Layout, keys: list[Keypair]
+) -> None:
+    async def told() -> None:
+        world = World(make_run(bits=8, tokens_per_round=1000, robust=False), layout, keys)
+        await world.owner.expect(world.opening)
+        await world.push(0)
+        await world.push(1)
+        far = codec.encode(torch.full((layout.numel,), -30.0), layout.num_fine_blocks, 8)
+        header = {"id": world.opening.id, "part": 0, "tokens": 100}
+        await world.owner.push(header, far, sender=world.ids[2])
+        [(_, result)] = world.results
+        assert world.value_of(result) == pytest.approx(-9.0, abs=0.1)
+
+    asyncio.run(asyncio.wait_for(told(), 30))
