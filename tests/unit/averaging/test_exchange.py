@@ -78,6 +78,7 @@ def test_one_joins_one_and_the_momentum_goes_on(tell: Tell, steps: list[OuterSte
             peer.start_beating()
         await asyncio.sleep(2)
         await peers[1].averager.synchroniser.join()
+        learn(peers[0], 0.05, 100)  # 200 tokens each
         assert await open_round(peers[:2]) is not None
         await asyncio.sleep(1)
         assert agree(peers[:2])
