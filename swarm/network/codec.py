@@ -29,7 +29,15 @@ BLOCK = 256
 COARSE = {2: TWO, 4: FOUR, 8: EIGHT}
 """bits -> how blocks are written that are not fine"""
 REACH = {EIGHT: 127.0, FOUR: 8.0, TWO: 2.5}
-"""a block's largest value over its scale"""
+"""A block's largest value over its scale. 2 bits: what feedback owes after 24 rounds, over a contribution's norm, of
+normal values, Student's t (3), 5 % that are not zero, pseudo-gradients of the demo (one fragment, 9 rounds):
+
+    -1..2, reach 2.5                    0.51  0.97  0.46  0.28
+    -1..2, reach 2                      0.53  0.97  0.35  0.30
+    no zero (0.5 and 1.5), reach 3      0.53  1.27  1.27  0.27
+    0.5 and 1.5 times root mean square  1.00  3.27  4.84  0.29   and more with each round: what is clipped comes back
+    -1..1, reach 1                      1.26  1.90  0.64  0.82
+"""
 STRIDE_BLOCKS = 512
 MAX_MAGNITUDE = 1e30
 """of a unit, and of an fp32 value: sums of what strangers send stay finite"""
