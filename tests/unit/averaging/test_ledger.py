@@ -58,6 +58,8 @@ class Offer:
     base: str
     said: torch.Tensor
     """what the encoded bytes say, float64 [numel]"""
+    before: list[str]
+    """the history at that moment: the openings in it"""
 
 
 class OnePeer(RuleBasedStateMachine):
@@ -112,7 +114,7 @@ class OnePeer(RuleBasedStateMachine):
         said = codec.decode(codec.encode(contribution.offered, 1, self.bits), 3, 1, self.bits)
         contribution.lost = Packed.of(contribution.offered - said)
         contribution.recall = lambda: said
-        self.offers[key] = Offer(key, contribution, self.ledger.state.digest, said.double())
+        self.offers[key] = Offer(key, contribution, self.ledger.state.digest, said.double(), self.keys())
 
     bits = 4
 
@@ -162,15 +164,37 @@ class OnePeer(RuleBasedStateMachine):
 
     @rule(data=st.data(), with_it=st.booleans())
     def adopt(self, data: st.DataObject, with_it: bool) -> None:
-        """A download, some versions ahead on the same history, or in one that this peer has left long ago; what it
-        absorbed may be known."""
-        passed_over = [sent.opening_id for sent in self.ledger._passed_over]
-        keys = [*self.usable(self.ledger.state), *passed_over] if with_it else []
+        """A download, some versions ahead on the same history; what it absorbed may be known."""
+        keys = self.usable(self.ledger.state) if with_it else []
         absorbed = [data.draw(st.sampled_from(keys))] if keys else []
         self.ledger.adopt(self.next_state(self.ledger.state, versions=3), absorbed=absorbed)
         self.history += [self.offers[key] for key in absorbed]
-        for offer in [self.offers[key] for key in absorbed if key in passed_over]:
-            self.rounding -= offer.contribution.values.double() - offer.said
+        self.jumped()
+
+    def left_behind(self) -> list[str]:
+        """Openings that were passed over, and may be in a history that has parted from this one when they were made."""
+        keys = self.keys()
+        passed_over = [self.offers[sent.opening_id] for sent in self.ledger._passed_over]
+        return [offer.key for offer in passed_over if keys[:len(offer.before)] == offer.before]
+
+    def keys(self) -> list[str]:
+        return [offer.key if offer is not None else "" for offer in self.history]
+
+    @precondition(lambda self: self.left_behind())
+    @rule(data=st.data())
+    def come_back_to_a_history_that_was_left(self, data: st.DataObject) -> None:
+        """It has a contribution that this one passed over, and nothing of what came here since."""
+        offer = self.offers[data.draw(st.sampled_from(self.left_behind()))]
+        gone = [other for other in self.history[len(offer.before):] if other is not None]
+        newest = self.newest[0] if self.newest is not None else None
+        self.ledger.adopt(
+            self.next_state(self.ledger.state, versions=5), absorbed=[offer.key], lost=[other.key for other in gone]
+        )
+        for other in gone:
+            if other is not newest:
+                self.rounding += other.contribution.values.double() - other.said
+        self.rounding -= offer.contribution.values.double() - offer.said
+        self.history[len(offer.before):] = [offer]
         self.jumped()
 
     @precondition(lambda self: self.newest is not None)
