@@ -10,6 +10,9 @@ by up to 2^-11, which shifts a block's largest value by up to 0.06 of a quantum;
 and blocks under 2^-25 of it become zero. What is lost either way is in the error feedback of whoever encoded it.
 Decoding is the same elementary operations everywhere: one int to float conversion and one rounded multiplication, so
 all peers get the same bits (I1).
+
+One core, GB of fp32 a CPU-second (`scripts/bench.py codec`): 2 and 4 bits encode 1.4, decode 2.4; encode and read 1.0,
+for a large new tensor costs its page faults. bitsandbytes' CPU kernels: nf4 encode 0.11, decode 4.7; 8 bits 0.34, 2.6.
 """
 
 from __future__ import annotations
