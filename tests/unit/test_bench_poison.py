@@ -82,16 +82,16 @@ def test_it_measures_and_shows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     monkeypatch.setattr(poison, "QUICK_SEQUENCES", 4)
     options = argparse.Namespace(
         run=str(write_run(tmp_path, averaging={"tokens_per_round": 32_000})), quick=True, swarms=["4:1"], seeds=3,
-        tokens=10**9, attacks=["x 1000"], tokens_per_round=600, only_robust=False,
+        tokens=10**9, attacks=["x -10"], tokens_per_round=600, only_robust=False,
     )
     result = poison.measure(options)
     assert result["tokens"] == 2_000 and result["seeds"] == 1 and result["tokens_per_round"] == 600
     assert [(row["attack"], row["robust"], row["poisoners"]) for row in result["rows"]] == [
-        ("none", False, 0), ("none", True, 0), ("x 1000", True, 1), ("x 1000", False, 1)
+        ("none", False, 0), ("none", True, 0), ("x -10", True, 1), ("x -10", False, 1)
     ]
     assert result["rows"][0]["gap_percent"] == [0.0]
     assert abs(result["rows"][2]["gap_percent"][0]) < 20
-    lost = result["rows"][3]["gap_percent"][0]
+    lost = result["rows"][3]["gap_percent"][0]  # of a plain mean: it goes backwards
     assert lost is None or lost > 20
     lines = poison.table(result).splitlines()
     assert len(lines) == 2 + 4 + 2 and lines[2].startswith("| 0 of 4 | none | plain mean |")
