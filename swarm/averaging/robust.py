@@ -149,7 +149,7 @@ def strides(numel: int, rows: int) -> Iterator[slice]:
 
 def _chance(values: torch.Tensor) -> float:
     """Which cosine says nothing. Of values that are not zero: padding and what is seldom used says nothing either."""
-    return CHANCE / max(1, int(torch.count_nonzero(values))) ** 0.5
+    return CHANCE / math.sqrt(max(1, int(torch.count_nonzero(values))))
 
 
 def _products(contributions: Mapping[str, torch.Tensor]) -> dict[str, dict[str, float]]:
