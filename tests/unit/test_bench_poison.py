@@ -90,9 +90,8 @@ def test_it_measures_and_shows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
         ("none", False, 0), ("none", True, 0), ("x -10", True, 1), ("x -10", False, 1)
     ]
     assert result["rows"][0]["gap_percent"] == [0.0]
-    assert abs(result["rows"][2]["gap_percent"][0]) < 2
-    lost = result["rows"][3]["gap_percent"][0]
-    assert lost is None or lost > 4
+    defended, plain = (result["rows"][place]["gap_percent"][0] for place in (2, 3))
+    assert abs(defended) < 20 and (plain is None or plain > defended), "a plain mean goes backwards"
     lines = poison.table(result).splitlines()
     assert len(lines) == 2 + 4 + 2 and lines[2].startswith("| 0 of 4 | none | plain mean |")
 
