@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from swarm.averaging import plan, robust
 from swarm.averaging.apply import Applier
 from swarm.averaging.global_state import GlobalState
 from swarm.averaging.ledger import Contribution, Ledger
@@ -160,7 +161,10 @@ class Books:
         for part, result in zip(commit.opening.parts, commit.results, strict=True):
             span = slice(part.start * BLOCK, part.end * BLOCK)
             values = {peer_id: offer.contribution.values[span] for peer_id, offer in offers.items()}
-            data, _ = reduce_part(values, tokens, torch.zeros(span.stop - span.start), num_fine=0, bits=32)
+            data, _ = reduce_part(
+                values, tokens, torch.zeros(span.stop - span.start), num_fine=0, bits=32,
+                verdict=robust.plain(plan.weights(tokens)),
+            )
             if hashlib.sha256(data).hexdigest() != result.hash:
                 raise Broken(f"I2: version {commit.opening.version} is not the average of what its members offered")
 

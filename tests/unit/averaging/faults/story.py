@@ -78,6 +78,8 @@ class Story:
             data=DataConfig(stdlib=True), train=TrainConfig(total_tokens=10**12),
             averaging=AveragingConfig(
                 bits=schedule.bits, max_round_s=MAX_ROUND_S,
+                # so that the books can say to the bit what a result must be
+                **({"robust": False, "warm_steps": 0} if schedule.bits == 32 else {}),
                 tokens_per_round=int(ROUND_S / fragments * sum(TOKENS / every_s for every_s in schedule.every_s)),
             ),
         )
