@@ -136,15 +136,19 @@ def _quiet() -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    options = make_parser().parse_args(argv)
+    if options.seed is not None:
+        return guarded(lambda: play_with_log(options.seed))
+    return guarded(lambda: play_many(options.first, options.count, processes=options.processes))
+
+
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=_positive, default=1000, help="schedules (1000)")
     parser.add_argument("--first", type=_natural, default=0, help="seed of the first one (0)")
     parser.add_argument("--processes", type=_positive, default=os.cpu_count() or 1, help="at a time (as many as cores)")
     parser.add_argument("--seed", type=_natural, help="only this one, with a log")
-    options = parser.parse_args(argv)
-    if options.seed is not None:
-        return guarded(lambda: play_with_log(options.seed))
-    return guarded(lambda: play_many(options.first, options.count, processes=options.processes))
+    return parser
 
 
 def _natural(text: str) -> int:

@@ -117,8 +117,8 @@ class Stop:
     def install(self) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._on_signal)
-        if hasattr(signal, "SIGUSR1"):
-            faulthandler.register(signal.SIGUSR1)  # all threads; from C, so also when nothing else moves
+        if hasattr(faulthandler, "register"):  # not on Windows
+            faulthandler.register(signal.SIGUSR1, file=2)  # all threads; from C, so also when nothing else moves
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.asked:

@@ -21,6 +21,7 @@ LINK = re.compile(r"\]\(([^)]+)\)")
 WITH_PARSER = {
     "quickstart": "quickstart", "monitor.py": "monitor", "export.py": "export", "local_swarm.py": "local_swarm",
     "bench.py": "bench", "make_small_data.py": "make_small_data",
+    "faults.py": "faults",
 }  # fmt: skip
 
 sys.path.insert(0, str(ROOT / "scripts"))  # as it is for a script that runs

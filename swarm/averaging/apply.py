@@ -19,7 +19,7 @@ from swarm.averaging.context import Context, nobody_asks
 from swarm.averaging.global_state import GlobalState, outranks
 from swarm.averaging.layout import Layout
 from swarm.averaging.ledger import Ledger
-from swarm.averaging.messages import Commit, Opening, Part, preferred
+from swarm.averaging.messages import Commit, Opening, Part
 from swarm.averaging.results import COMMITS_AT_ONCE, Fates, History
 from swarm.errors import BadMessage, NetworkError, PeerRefused
 from swarm.events import Round
@@ -54,6 +54,8 @@ class Applier:
         self._decay = layout.decay_mask() if context.run.averaging.mode == "sync" else torch.zeros(0)
         self._prepared: dict[int, tuple[str, asyncio.Task[torch.Tensor]]] = {}
         """part -> (hash of its newest result, its values)"""
+        self._worse = ""
+        """hash of a commit with as many tokens as the newest one, that leads to a higher digest: not tried again"""
         self._lock = asyncio.Lock()
 
     async def consider(self, commit: Commit, *, began_at: float | None = None, source: str = "") -> bool:
@@ -80,7 +82,7 @@ class Applier:
             replaces = previous is not None and version == state.version and base == previous.digest
             if replaces:
                 assert mine is not None and previous is not None
-                if preferred(mine, commit) is mine:
+                if commit.tokens < mine.tokens or commit.hash == self._worse:
                     return False
                 state = previous
             elif version != state.version + 1 or base != state.digest:
@@ -90,6 +92,10 @@ class Applier:
                 average = await self._gather(commit, source)
                 new_state = await asyncio.to_thread(self._step, state, commit, average)
                 del average
+                # as between heads (outranks): two rules, and each of two peers could go where the other one came from
+                if replaces and not outranks(new_state.tokens, new_state.digest, self.ledger.state):
+                    self._worse = commit.hash
+                    return False
 
                 def move() -> None:
                     if replaces:

@@ -21,7 +21,7 @@ MAX_ASKED = 8
 
 
 def ranked(heads: Iterable[Head]) -> list[Head]:
-    """Different heads of one fragment, the one that wins first: most tokens, then the lower hash, as everywhere."""
+    """Different heads of one fragment, the one that wins first: most tokens, then the lower digest, as everywhere."""
     return sorted(set(heads), key=lambda head: (-head.tokens, head.digest, head.version))
 
 

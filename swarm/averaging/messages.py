@@ -149,10 +149,5 @@ def make_commit(
     return Commit(opening=opening, contributors=contributors, results=results, signature=signature)
 
 
-def preferred(one: Commit, other: Commit) -> Commit:
-    """Of two commits of one version on the same base: the one with more tokens, then the lower hash."""
-    return min(one, other, key=lambda commit: (-commit.tokens, commit.hash))
-
-
 def _signed(kind: str, *content: object) -> bytes:
     return f"swarm {kind}\0".encode() + json.dumps(content, sort_keys=True, separators=(",", ":")).encode()

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from swarm.averaging.messages import MAX_MEMBERS, Commit, Contributor, Invitation, Opening, preferred
+from swarm.averaging.messages import MAX_MEMBERS, Commit, Contributor, Invitation, Opening
 from swarm.averaging.opener import MAX_MADDRS
 from swarm.errors import BadMessage
 from swarm.network import frames
@@ -198,21 +198,6 @@ def commit_to_flip(signed_commit: MakeCommit) -> None:
 def test_bytes_of_a_stranger_are_no_commit(data: bytes) -> None:
     with pytest.raises(BadMessage):
         received(data)
-
-
-def test_the_better_commit_is_the_same_for_everybody(signed_commit: MakeCommit) -> None:
-    """More tokens, then the lower hash: symmetric, total, and no order of arrival leads elsewhere."""
-    commits = [signed_commit(nonce=i, tokens={0: tokens}) for i, tokens in enumerate([50, 70, 70, 70, 20])]
-    for one in commits:
-        for other in commits:
-            assert preferred(one, other) == preferred(other, one)
-            assert preferred(one, other) in (one, other)
-    best = min((c for c in commits if c.tokens == 70), key=lambda commit: commit.hash)
-    for start in range(len(commits)):
-        winner = commits[start]
-        for other in commits[start:] + commits[:start]:
-            winner = preferred(winner, other)
-        assert winner == best
 
 
 def test_an_opening_id_names_everything_in_it(signed_commit: MakeCommit) -> None:
