@@ -210,6 +210,7 @@ class Applier:
         return moved
 
     async def commits_of(self, peer_id: str, *, since: int) -> list[Commit]:
+        """Those after version `since` that it keeps, checked but for their base. Raises NetworkError."""
         _, body = await self._context.endpoint.call(
             peer_id, "commits", {"fragment": self.fragment, "since": since}, deadline_s=FETCH_S,
             max_answer=MAX_COMMITS_BYTES, maddrs=self._context.directory.maddrs(peer_id),
@@ -217,7 +218,10 @@ class Applier:
         raw = frames.parse_head(body).get("commits")
         if not isinstance(raw, list) or len(raw) > COMMITS_AT_ONCE:
             raise BadMessage("a list of commits that is none")
-        return [records.parse(Commit, item) for item in raw]
+        commits = [records.parse(Commit, item) for item in raw]
+        for commit in commits:
+            commit.check(self.layout.num_blocks, max_claim=self.max_claim)
+        return commits
 
     async def adopt(self, state: GlobalState, fates: Fates | None = None) -> bool:
         """Jump to a downloaded state (already checked against its digest); see `Ledger.adopt`. `fates`: of what this

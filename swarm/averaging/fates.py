@@ -19,7 +19,7 @@ from swarm.averaging.attestation import ASK_S
 from swarm.averaging.context import Context
 from swarm.averaging.messages import Commit
 from swarm.averaging.results import COMMITS_AT_ONCE, Fates
-from swarm.errors import NetworkError, PeerRefused, StateError
+from swarm.errors import BadMessage, NetworkError, PeerRefused, StateError
 from swarm.network.records import Head
 
 
@@ -72,8 +72,8 @@ async def _leading_to(
                     if (await context.ask(peer_id, "knows", asked, deadline_s=ASK_S)).get("known") is True:
                         return found
                     break  # its version of that number is another one
-        except PeerRefused:
-            continue  # it does not hold the fragment, or is joining
+        except (PeerRefused, BadMessage):
+            continue  # it does not hold the fragment, or is joining, or talks nonsense: more of that is no answer
         except NetworkError:
             silent.append(peer_id)
     if silent and patient:

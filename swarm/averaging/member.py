@@ -30,6 +30,8 @@ RETRY_S = 0.5
 """before a contribution is sent again whose way was cut off"""
 BUSY = "busy"
 KEPT_OVER, MAX_ID = 16, 64
+MAX_TAKEN = 256
+"""openings of one version: more are no swarm's that has bad luck, and are refused until it has a commit"""
 
 
 @dataclass
@@ -104,6 +106,8 @@ class Member:
         if opening.id not in self._taken:
             if (opening.id, opening.opener) in self._over:
                 raise PeerRefused("that opening is over")
+            if len(self._taken) >= MAX_TAKEN:
+                raise PeerRefused("too many openings of one version")
             self.on_opening(opening.id)
             self._leave_current()
             current = _Current(opening, asyncio.get_running_loop().time() + 4 * opening.push_s + 4.0)

@@ -30,7 +30,7 @@ FIRST_WINDOW = 4 * ACK_BYTES
 MAX_WINDOW = 64 * 1024 * 1024
 TARGET_S = 0.1
 """of delay that our own bytes may add. Home routers buffer 100 ms and more; less would mistake a busy CPU for a
-queue"""
+queue. Half as much did not help four stages on `home-100`: 3,860 tokens/s, and 4,104 with this, one run each"""
 DELAY_MEMORY_S = 30.0
 GROWTH = 0.25
 """a round trip, once the path has been full: doubling again would add a whole round trip of delay each time"""

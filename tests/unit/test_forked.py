@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -45,7 +46,7 @@ def test_it_is_a_process_as_popen_starts_one() -> None:
 
 
 @pytest.mark.parametrize(("end", "code"), [(Forked.kill, -signal.SIGKILL), (Forked.terminate, -signal.SIGTERM)])
-def test_it_can_be_ended(end: functools.partial[None], code: int) -> None:
+def test_it_can_be_ended(end: Callable[[Forked], None], code: int) -> None:
     forked = Forked(endless, [])
     assert forked.stdout.readline() == "begun\n" and forked.poll() is None
     with pytest.raises(subprocess.TimeoutExpired):

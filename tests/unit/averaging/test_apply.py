@@ -257,6 +257,28 @@ def test_of_two_commits_of_one_version_all_end_at_the_better(peers: list[Peer], 
     play(scene())
 
 
+@pytest.mark.parametrize("first", [0, 1])
+def test_of_two_commits_with_as_many_tokens_all_end_at_the_lower_digest(peers: list[Peer], first: int) -> None:
+    """As of two heads: with a rule for each, two peers could go where the other one came from."""
+    async def scene() -> None:
+        a, b, c, d = peers
+        for peer in peers:
+            peer.train(10)
+        commits = [commit_of([a, b], [a, b], nonce=1), commit_of([c, d], [c, d], nonce=2)]
+        assert commits[0].tokens == commits[1].tokens
+        await consider(commits[0], a)
+        await consider(commits[1], d)
+        lower = min(a.head[1], d.head[1])
+        for peer in peers:
+            for commit in (commits[first], commits[1 - first], commits[first]):
+                await peer.applier.consider(commit)
+        assert {peer.head for peer in peers} == {(1, lower)}
+        included = [a, b] if a.applier.history.commit(1) == commits[0] else [c, d]
+        assert [peer.ledger.pending_tokens for peer in peers] == [0 if peer in included else 10 for peer in peers]
+
+    play(scene())
+
+
 def test_who_was_away_follows_the_commits(peers: list[Peer]) -> None:
     async def scene() -> None:
         a, b, late, _ = peers
