@@ -31,7 +31,7 @@ RETRY_S = 0.5
 BUSY = "busy"
 KEPT_OVER, MAX_ID = 16, 64
 MAX_TAKEN = 256
-"""openings of one version: more are no swarm's that has bad luck, and are refused until it has a commit"""
+"""openings of one version that are remembered, the newest; to refuse more would let one peer stop all rounds"""
 
 
 @dataclass
@@ -106,8 +106,6 @@ class Member:
         if opening.id not in self._taken:
             if (opening.id, opening.opener) in self._over:
                 raise PeerRefused("that opening is over")
-            if len(self._taken) >= MAX_TAKEN:
-                raise PeerRefused("too many openings of one version")
             self.on_opening(opening.id)
             self._leave_current()
             current = _Current(opening, asyncio.get_running_loop().time() + 4 * opening.push_s + 4.0)
@@ -115,6 +113,8 @@ class Member:
             contributing = self._context.spawn(self._contribute(current))
             contributing.add_done_callback(nobody_asks)
             self._taken[opening.id] = opening.version, contributing
+            if len(self._taken) > MAX_TAKEN:
+                del self._taken[next(iter(self._taken))]
         return await asyncio.shield(self._taken[opening.id][1])
 
     async def _contribute(self, current: _Current) -> dict[str, Any]:

@@ -257,14 +257,16 @@ def test_of_two_commits_of_one_version_all_end_at_the_better(peers: list[Peer], 
     play(scene())
 
 
-@pytest.mark.parametrize("first", [0, 1])
-def test_of_two_commits_with_as_many_tokens_all_end_at_the_lower_digest(peers: list[Peer], first: int) -> None:
+@pytest.mark.parametrize(("nonce", "first"), [(1, 0), (1, 1), (3, 0), (5, 1), (7, 0)])
+def test_of_two_commits_with_as_many_tokens_all_end_at_the_lower_digest(
+    peers: list[Peer], nonce: int, first: int
+) -> None:
     """As of two heads: with a rule for each, two peers could go where the other one came from."""
     async def scene() -> None:
         a, b, c, d = peers
         for peer in peers:
             peer.train(10)
-        commits = [commit_of([a, b], [a, b], nonce=1), commit_of([c, d], [c, d], nonce=2)]
+        commits = [commit_of([a, b], [a, b], nonce=nonce), commit_of([c, d], [c, d], nonce=nonce + 1)]
         assert commits[0].tokens == commits[1].tokens
         await consider(commits[0], a)
         await consider(commits[1], d)

@@ -11,7 +11,7 @@ from swarm.averaging.fates import fates_in
 from swarm.averaging.held import HeldFragment
 from swarm.averaging.results import Fates
 from swarm.averaging.synchronise import FATES_S
-from swarm.errors import PeerGone, PeerRefused, StateError
+from swarm.errors import BadMessage, PeerGone, PeerRefused, StateError
 from swarm.network.records import Head
 from tests.unit.averaging.four_peers import Tell, learn, meet, open_round
 from tests.unit.averaging.simulation import Peer
@@ -138,6 +138,22 @@ def test_versions_beyond_the_new_head_are_lost_also_where_nobody_can_tell(tell: 
         recent = held(few[0]).ledger.recent()
         found = await fates(few[0], many[0], many)
         assert set(found.lost) == {key for key, version in recent.items() if version > 1} and len(found.lost) == 2
+
+    tell(story)
+
+
+def test_commits_that_nobody_signed_are_no_answer(tell: Tell) -> None:
+    async def story(peers: list[Peer]) -> None:
+        few, many = await part_ways(peers, together=1, apart=2)
+        history = held(many[0]).applier.history
+        for version, commit in history._commits.items():
+            history._commits[version] = commit.model_copy(update={"signature": "00" * 64})
+        found = await fates(few[0], many[0], [many[0]])
+        assert len(found.lost) == 2 and all(commit.signature != "00" * 64 for commit in found.commits), "the other told"
+        only_downloaded(many[1])
+        with pytest.raises(BadMessage, match="did not sign"):
+            await held(few[0]).applier.commits_of(many[0].id, since=0)
+        assert (await fates(few[0], many[0], many)).common is None
 
     tell(story)
 

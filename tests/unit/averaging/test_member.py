@@ -287,6 +287,21 @@ def test_an_opening_that_comes_twice_is_contributed_to_once(play: Callable[[Stor
     play(story)
 
 
+def test_a_flood_of_openings_is_not_remembered_for_ever_and_stops_nobody(
+    play: Callable[[Story], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(member, "MAX_TAKEN", 3)
+
+    async def story(world: World) -> None:
+        world.learn(0.1, 100)
+        for nonce in range(10):
+            opening = world.opening(nonce=nonce)
+            assert await world.member.take_part(opening) == {"tokens": 100}
+        assert len(world.member._taken) == 3 and opening.id in world.member._taken
+
+    play(story)
+
+
 def test_who_asked_may_give_up_and_the_contribution_is_still_whole(play: Callable[[Story], None]) -> None:
     async def story(world: World) -> None:
         opening = world.opening()
