@@ -232,8 +232,8 @@ def table(result: dict[str, Any]) -> str:
             *(_fragments(row[f"{name}_tokens"]) for name in ("lost", "twice", "gone")),
         ])
     notes = [
-        f"libraries are loaded beforehand, and a peer that starts SLEEPS for the {LOADING_S} s that this takes on a"
-        " processor of its own",
+        f"libraries are loaded beforehand, and a peer that starts SLEEPS for {LOADING_S} s instead: on a machine"
+        " of its own it would not load them at the cost of others",
         f"stages {result['parts']}, windows of {result['calm_s']:.0f} and {result['seconds']:.0f} s; computing is"
         f" real and PADDED by sleeps to {result['service_ms']:.0f} ms a microbatch and stage: one machine runs all",
         "holders left: the mean share of its holders that the scarcest stage had, from their death to their being back",

@@ -2,8 +2,7 @@
 
 On machines of their own, a peer that starts loads its libraries with its own processor. Where one machine plays six
 peers, it takes that time from the five others, and three times as long: what a benchmark measures then is imports. So
-peers are forked from a process that has everything (scripts/forked.py), and sleep for as long as loading takes on a
-processor that does nothing else.
+peers are forked from a process that has everything (scripts/forked.py), and sleep for a set time instead.
 """
 
 from __future__ import annotations
@@ -22,8 +21,8 @@ from wanlab.lab import Lab
 from benches.labpeer import ROOT, Launch, on_its_own
 
 LOADING_S = 4.5
-"""from the start of `python -m swarm.peer` until it has imported everything, on one core of the machine whose figures
-are in the README"""
+"""for imports: what `bench.py join` found (4.3 s), rounded up. It is no law: months of libraries later, and on a slower
+day, the same imports took 9 to 11 s on the machine whose figures are in the README"""
 CLONE_NEWNET = 0x40000000
 
 
