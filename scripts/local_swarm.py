@@ -26,6 +26,8 @@ from typing import Any
 
 START_S = 120.0
 LEAVE_S = 120.0
+TELL_S = 5.0
+"""for a peer to write down where its threads are"""
 PR_SET_PDEATHSIG = 1
 
 
@@ -122,11 +124,13 @@ class LocalSwarm:
 
     def _where_they_are(self) -> str:
         """What each peer last said, and in which line every thread of those that are left is."""
-        running = self.running()
-        for peer in running:
-            if "ready" in peer.newest:  # before, nothing listens to this signal and it would end the peer
-                peer.process.send_signal(signal.SIGUSR1)
-        time.sleep(1.0 if running else 0.0)
+        asked = [peer for peer in self.running() if "ready" in peer.newest]  # before, the signal would end the peer
+        for peer in asked:
+            peer.process.send_signal(signal.SIGUSR1)
+        deadline = time.monotonic() + TELL_S
+        while time.monotonic() < deadline and not all("swarm/peer.py" in "".join(peer.stderr) for peer in asked):
+            time.sleep(0.1)
+        time.sleep(1.0 if asked else 0.0)  # the main thread comes last, and a thread of ours has to read it
         return "\n".join(
             f"peer {peer.number}, exit code {peer.process.poll()}, last heard of: {', '.join(peer.newest)}\n"
             + "".join(peer.stderr) for peer in self.peers
