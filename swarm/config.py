@@ -158,6 +158,11 @@ class RunConfig:
     def run_id(self) -> str:
         return f"{self.name}-{hashlib.sha256(canonical_json(self)).hexdigest()[:12]}"
 
+    @property
+    def is_mixture(self) -> bool:
+        """Whether its rows are packed, each text in a segment of its own. One text without phases is a plain stream."""
+        return self.data is None or bool(self.phases)
+
     def named_sources(self) -> dict[str, SourceConfig]:
         """All it trains on, by name; `data` is called so."""
         if self.data is None:

@@ -78,6 +78,8 @@ class Blend:
 class Mixture:
     """A TextStream. Draws on one thread; `close` and `state` may be called on any."""
 
+    may_wait = True
+
     def __init__(
         self, phases: list[PhaseConfig], supplies: Callable[[int, str], Blocks], *, sequence_length: int,
         swarm_tokens: Callable[[], int], phase_at: Callable[[int], int],

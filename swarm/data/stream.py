@@ -51,6 +51,8 @@ class PackedStream:
     Raises ConfigError where the text is shorter than one sequence.
     """
 
+    may_wait = False
+
     def __init__(self, tokens: torch.Tensor, *, sequence_length: int, seed: int, reader: str) -> None:
         _check_length(tokens, sequence_length)
         self._tokens, self._length = tokens, sequence_length

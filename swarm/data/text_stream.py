@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any, Protocol
 
 from swarm.data.batch import Batch
 
 
 class TextStream(Protocol):
+    may_wait: bool
+    """for text, in `next_batch`"""
+
     def next_batch(self, num_sequences: int) -> Batch:
         """The next sequences. May wait for text; raises TextClosed where `close` was called."""
 
@@ -19,6 +23,13 @@ class TextStream(Protocol):
 
     def close(self) -> None:
         """No more is wanted: whoever waits is woken. Any thread, any number of times."""
+
+
+async def drawn(stream: TextStream, num_sequences: int) -> Batch:
+    """The next batch, for an event loop: a mixture may wait for a source, and must not make others wait."""
+    if stream.may_wait:
+        return await asyncio.to_thread(stream.next_batch, num_sequences)
+    return stream.next_batch(num_sequences)
 
 
 class TextClosed(Exception):

@@ -57,9 +57,9 @@ class Endpoint:
     async def start(self) -> None:
         await self._p2p.add_binary_stream_handler(PROTOCOL, self._on_stream)
 
-    def on(self, method: str, handler: Handler, *, max_body: int = 0) -> None:
+    def on(self, method: str, handler: Handler, *, max_body: int = 0, steady: bool = False) -> None:
         """Let others call `method`. `handler(link, header, body)` answers (header, body) or raises NetworkError."""
-        self._methods[method] = Method(handler, max_body)
+        self._methods[method] = Method(handler, max_body, steady)
 
     @property
     def bytes_sent(self) -> int:
@@ -77,16 +77,27 @@ class Endpoint:
         links = [link for link in self._links.get(peer_id, ()) if link.greeted and not link.closed.is_set()]
         return links[-1].observed_maddr if links else None
 
+    def waiting_bytes(self, peer_id: str) -> int:
+        """Of bodies that wait here for their turn on the line to that peer."""
+        return sum(link.waiting_bytes for link in self._links.get(peer_id, ()) if not link.closed.is_set())
+
+    def last_heard(self, peer_id: str) -> float:
+        """When anything came from that peer last, by the event loop's clock."""
+        return max((link.last_heard for link in self._links.get(peer_id, ())), default=float("-inf"))
+
     def linked_peers(self) -> list[str]:
         return [peer_id for peer_id in list(self._links) if self.is_linked(peer_id)]
 
     async def call(
         self, peer_id: str, method: str, header: dict[str, Any] | None = None, body: bytes = b"", *,
-        deadline_s: float, max_answer: int = 0, maddrs: Iterable[str] = (),
+        deadline_s: float, max_answer: int = 0, maddrs: Iterable[str] = (), steady: bool = False,
+        on_head: Callable[[], None] = lambda: None,
     ) -> Answer:
-        """Ask one peer, over an open link or a new one. Raises PeerGone or PeerRefused."""
+        """Ask one peer, over an open link or a new one; see `Link.call`. Raises PeerGone or PeerRefused."""
         link = await self.link_to(peer_id, maddrs=maddrs)
-        return await link.call(method, header, body, deadline_s=deadline_s, max_answer=max_answer)
+        return await link.call(
+            method, header, body, deadline_s=deadline_s, max_answer=max_answer, steady=steady, on_head=on_head
+        )
 
     async def notify(
         self, peer_id: str, method: str, header: dict[str, Any] | None = None, body: bytes = b"", *,

@@ -21,8 +21,9 @@ MAX_SKEW_S = 3.0
 RETRY_S = 1.0
 FIRST_TRY_S = 5.0
 """an address gets this long even where the deadline is shorter"""
-OTHERS_S = 2.0
-"""after the first has answered, the other addresses get this long"""
+SOONEST_S, OTHERS_S = 0.3, 2.0
+"""after the first has answered, the other addresses get as long again as that took, and so long at least and at most:
+some of an address book are always gone, and whoever comes back would wait for them"""
 MAX_RUNS = 8
 RUN_ID = re.compile("[a-z0-9][a-z0-9-]{0,39}-[0-9a-f]{12}")
 RUNS_KEY = "swarm/runs"
@@ -77,7 +78,8 @@ async def _try_each(
         asyncio.create_task(endpoint.link_to(peer_id, maddrs=maddrs)): peer_id for peer_id, maddrs in targets.items()
     }
     results: dict[str, Link | str] = {peer_id: f"no answer within {limit_s:.0f} s" for peer_id in targets}
-    waiting, end = set(tasks), loop.time() + limit_s
+    began = loop.time()
+    waiting, end = set(tasks), began + limit_s
     while waiting and loop.time() < end:
         done, waiting = await asyncio.wait(
             waiting, timeout=max(end - loop.time(), 0), return_when=asyncio.FIRST_COMPLETED
@@ -86,7 +88,8 @@ async def _try_each(
             error = task.exception()
             results[tasks[task]] = task.result() if error is None else str(error) or type(error).__name__
             if error is None:
-                end = min(end, loop.time() + OTHERS_S)
+                took_s = loop.time() - began
+                end = min(end, loop.time() + min(max(took_s, SOONEST_S), OTHERS_S))
     for task in waiting:
         task.cancel()
     return results

@@ -19,7 +19,7 @@ from typing import Any
 
 from swarm.errors import BadMessage, NetworkError, PeerGone, PeerRefused
 from swarm.network import frames
-from swarm.network.pacing import ACK_BYTES, Pacing
+from swarm.network.pacing import ACK_BYTES, STEADY_BYTES, Pacing
 
 STALL_S = 20.0
 MAX_CALLS = 64
@@ -40,10 +40,11 @@ Handler = Callable[["Link", dict[str, Any], bytes], Awaitable[Answer]]
 
 @dataclass
 class Method:
-    """What a peer may ask of us. `max_body`: bytes, checked before anything is allocated."""
+    """What a peer may ask of us. `max_body`: bytes, checked before anything is allocated; `steady`: as in `call`."""
 
     handler: Handler
     max_body: int
+    steady: bool = False
 
 
 @dataclass
@@ -58,6 +59,7 @@ class Budget:
 class _Call:
     future: asyncio.Future[Answer]
     max_answer: int
+    on_head: Callable[[], None]
     head: dict[str, Any] | None = None
     expected: int = 0
     body: bytearray = field(default_factory=bytearray)
@@ -72,6 +74,17 @@ class _Request:
     timer: asyncio.TimerHandle
     quiet: bool
     body: bytearray = field(default_factory=bytearray)
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """Of a body that waits to be sent."""
+
+    kind: int
+    call: int
+    part: memoryview
+    last: bool
+    steady: bool
 
 
 class Link:
@@ -91,9 +104,9 @@ class Link:
         self.last_heard = asyncio.get_running_loop().time()
         self._reader, self._writer, self._methods = reader, writer, methods
         self._urgent: deque[bytes] = deque()
-        self._bulk: deque[tuple[int, int, memoryview, bool]] = deque()
-        """(kind, call, bytes, the last ones of that body)"""
-        self._queued_bytes = 0
+        self._bulk: deque[_Piece] = deque()
+        self._queued_bytes = self._hurried_bytes = 0
+        """that wait; and those of bodies that are not steady"""
         self._wake, self._room = asyncio.Event(), asyncio.Event()
         self.pacing = Pacing()
         """of what we send"""
@@ -109,20 +122,22 @@ class Link:
 
     async def call(
         self, method: str, header: dict[str, Any] | None = None, body: bytes = b"", *,
-        deadline_s: float, max_answer: int = 0,
+        deadline_s: float, max_answer: int = 0, steady: bool = False, on_head: Callable[[], None] = lambda: None,
     ) -> Answer:
-        """Ask and wait for the answer (header, body of at most `max_answer` bytes).
+        """Ask and wait for the answer (header, body of at most `max_answer` bytes). `steady`: such bodies come one
+        after another, and leave with more care (pacing.py). `on_head` is called when the answer has begun to come: its
+        body may have to wait behind others.
 
         Raises PeerGone when the link ends or the deadline passes, PeerRefused with the other side's reason.
         """
         if self.closed.is_set():
             raise PeerGone(f"{method}: the link to {self.peer_id[-6:]} is closed")
         call, self._next_call = self._next_call, (self._next_call + 1) % 2**32
-        waiting = _Call(asyncio.get_running_loop().create_future(), max_answer)
+        waiting = _Call(asyncio.get_running_loop().create_future(), max_answer, on_head)
         self._calls[call] = waiting
         try:
             head = frames.pack_head({"m": method, "h": header or {}, "n": len(body)})
-            self._send(frames.REQUEST, frames.REQUEST_BODY, call, head, body)
+            self._send(frames.REQUEST, frames.REQUEST_BODY, call, head, body, steady=steady)
             return await asyncio.wait_for(waiting.future, deadline_s)
         except asyncio.TimeoutError:
             raise PeerGone(f"{method}: no answer from {self.peer_id[-6:]} within {deadline_s:.1f} s") from None
@@ -154,6 +169,11 @@ class Link:
             if (leaving.cancelled() or not leaving.done()) and not self.closed.is_set():
                 self._cancel(frames.REQUEST_BODY, call)
 
+    @property
+    def waiting_bytes(self) -> int:
+        """Of bodies that are not yet on their way."""
+        return self._queued_bytes
+
     def close(self, reason: str = "closed") -> None:
         if self.closed.is_set():
             return
@@ -175,13 +195,17 @@ class Link:
         with contextlib.suppress(Exception):
             self._writer.transport.abort()  # close() would wait, perhaps for ever, for the peer to take what is left
 
-    def _send(self, head_kind: int, body_kind: int, call: int, head: bytes, body: bytes) -> None:
+    def _send(
+        self, head_kind: int, body_kind: int, call: int, head: bytes, body: bytes, *, steady: bool = False
+    ) -> None:
         self._urgent.append(frames.pack(head_kind, call, head))
         view = memoryview(body)
+        steady = steady and len(body) >= STEADY_BYTES
         for start in range(0, len(body), frames.FRAME_BYTES):
             part = view[start:start + frames.FRAME_BYTES]
-            self._bulk.append((body_kind, call, part, start + len(part) == len(body)))
+            self._bulk.append(_Piece(body_kind, call, part, start + len(part) == len(body), steady))
         self._queued_bytes += len(body)
+        self._hurried_bytes += 0 if steady else len(body)
         self._wake.set()
 
     def _cancel(self, body_kind: int, call: int) -> None:
@@ -222,16 +246,18 @@ class Link:
             self.close("the connection ended")
 
     def _next_bulk(self, now: float) -> bytes:
-        kind, call, part, last = self._bulk.popleft()
-        self._unqueue(len(part))
-        self.pacing.on_sent(len(part), now=now)
-        leaving = self._leaving.get(call) if kind == frames.REQUEST_BODY and last else None
+        piece = self._bulk.popleft()
+        self._unqueue(piece)
+        self.pacing.is_steady = piece.steady and not self._hurried_bytes
+        self.pacing.on_sent(len(piece.part), now=now)
+        leaving = self._leaving.get(piece.call) if piece.kind == frames.REQUEST_BODY and piece.last else None
         if leaving is not None and not leaving.done():
             leaving.set_result(None)
-        return frames.pack(kind, call, part)
+        return frames.pack(piece.kind, piece.call, piece.part)
 
-    def _unqueue(self, size: int) -> None:
-        self._queued_bytes -= size
+    def _unqueue(self, piece: _Piece) -> None:
+        self._queued_bytes -= len(piece.part)
+        self._hurried_bytes -= 0 if piece.steady else len(piece.part)
         if self._queued_bytes < MAX_QUEUED_BYTES:
             self._room.set()
 
@@ -336,10 +362,11 @@ class Link:
             self._answering.pop(call).cancel()
 
     def _drop_queued(self, kind: int, call: int) -> None:
-        kept = deque(item for item in self._bulk if item[:2] != (kind, call))
-        if len(kept) < len(self._bulk):
-            self._bulk = kept
-            self._unqueue(self._queued_bytes - sum(len(part) for _, _, part, _ in kept))
+        dropped = [piece for piece in self._bulk if (piece.kind, piece.call) == (kind, call)]
+        if dropped:
+            self._bulk = deque(piece for piece in self._bulk if (piece.kind, piece.call) != (kind, call))
+        for piece in dropped:
+            self._unqueue(piece)
 
     async def _answer(self, call: int, request: _Request) -> None:
         try:
@@ -350,7 +377,7 @@ class Link:
             while body and self._queued_bytes >= MAX_QUEUED_BYTES:
                 self._room.clear()
                 await self._room.wait()
-            self._send(frames.ANSWER, frames.ANSWER_BODY, call, head, body)
+            self._send(frames.ANSWER, frames.ANSWER_BODY, call, head, body, steady=request.method.steady)
         except NetworkError as error:
             self._refuse(call, str(error), quiet=request.quiet)
         except Exception:
@@ -384,6 +411,7 @@ class Link:
                 why = f"the limit is {waiting.max_answer} bytes"
                 raise BadMessage("an answer that is too long or has no header", why=why)
             waiting.head, waiting.expected = header, length
+            waiting.on_head()
         else:
             if waiting.head is None or len(waiting.body) + len(payload) > waiting.expected:
                 raise BadMessage("a body that was not announced")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from swarm.network import records
@@ -26,12 +26,19 @@ class LinkCalls:
 
     async def call(
         self, peer_id: str, method: str, header: dict[str, Any], body: bytes = b"", *, deadline_s: float,
-        max_answer: int = 0,
+        max_answer: int = 0, on_head: Callable[[], None] = lambda: None,
     ) -> Answer:
         maddrs = self._directory.maddrs(peer_id)
         return await self._endpoint.call(
-            peer_id, method, header, body, deadline_s=deadline_s, max_answer=max_answer, maddrs=maddrs
+            peer_id, method, header, body, deadline_s=deadline_s, max_answer=max_answer, maddrs=maddrs, steady=True,
+            on_head=on_head,
         )
+
+    def waiting_bytes(self, peer_id: str) -> int:
+        return self._endpoint.waiting_bytes(peer_id)
+
+    def last_heard(self, peer_id: str) -> float:
+        return self._endpoint.last_heard(peer_id)
 
     async def notify(self, peer_id: str, method: str, header: dict[str, Any], *, deadline_s: float) -> None:
         maddrs = self._directory.maddrs(peer_id)
@@ -62,7 +69,7 @@ def serve(chain: Chain, endpoint: Endpoint) -> None:
         verdicts = records.parse(Verdicts, header).verdicts
         return {"missing": await chain.judge(link.peer_id, verdicts)}, b""
 
-    endpoint.on("microbatch", on_microbatch, max_body=MAX_BODY_BYTES)
+    endpoint.on("microbatch", on_microbatch, max_body=MAX_BODY_BYTES, steady=True)
     listen(chain.onward, endpoint)
     endpoint.on("withdrawn", on_withdrawn)
     endpoint.on("verdicts", on_verdicts)

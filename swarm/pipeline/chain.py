@@ -286,7 +286,7 @@ class Chain:
                 )
                 return b"" if gradient is None else wire.encode_values(gradient, asked.back_bits)
 
-            loss, path, crowded = answer.loss, [hop, *answer.path], answer.crowded
+            loss, path, crowded = answer.loss, [hop, *answer.path], max(answer.crowded, entry.line_queue)
             body, service_s, waited_s = came, there.service_s, there.waited_s
             if asked.train:
                 back = await self._work(backward, urgency=BACKWARD)
@@ -295,9 +295,10 @@ class Chain:
         if asked.train:
             self._service_s = self._service_s + 0.2 * (share_s - self._service_s) if self._service_s else share_s
             self.speed = asked.tokens / max(self._service_s, 1e-9)
+        lines = [self.onward.line_queue(asker, len(body)) for asker in entry.askers if body]
         header = Gradient(
             loss=loss, path=path, inside_s=clock() - began, service_s=service_s, waited_s=waited_s, queue=queue,
-            crowded=max(crowded, min(waited_s / max(service_s, 1e-6), 1e6)),
+            crowded=min(max(crowded, waited_s / max(service_s, 1e-6), *lines), 1e6),
         )
         return header.model_dump(), body
 

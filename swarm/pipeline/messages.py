@@ -97,7 +97,8 @@ class Gradient(Strict):
     queue: Annotated[int, Field(ge=0, le=10**6)] = 0
     """microbatches at this peer that wait for its processor"""
     crowded: Annotated[float, Field(ge=0, le=1e6)] = 0.0
-    """waiting over computing at the most crowded peer of the path: the origin sends fewer at once where it is large"""
+    """microbatches that wait for the busiest processor or line of the path: the origin sends fewer at once where there
+    are many"""
 
     def check(self, microbatch: Microbatch, peer_id: str, num_fragments: int) -> None:
         """The path begins with who answers and covers all that was asked for. Raises BadMessage."""

@@ -47,10 +47,20 @@ class Calls(Protocol):
 
     async def call(
         self, peer_id: str, method: str, header: dict[str, Any], body: bytes = b"", *, deadline_s: float,
-        max_answer: int = 0,
-    ) -> Answer: ...
+        max_answer: int = 0, on_head: Callable[[], None] = lambda: None,
+    ) -> Answer:
+        """`on_head` is called when the answer has begun to come; its body may have to wait behind others."""
+        ...
 
     async def notify(self, peer_id: str, method: str, header: dict[str, Any], *, deadline_s: float) -> None: ...
+
+    def waiting_bytes(self, peer_id: str) -> int:
+        """Of bodies that wait here for their turn on the line to that peer."""
+        ...
+
+    def last_heard(self, peer_id: str) -> float:
+        """When anything came from that peer last, by the event loop's clock."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -78,6 +88,8 @@ class Handover:
     """the fragments [start, end) are done here; 0: not decided"""
     rest: list[Hop] = field(default_factory=list)
     """who does what comes after, as far as known"""
+    line_queue: float = 0.0
+    """microbatches that waited for the line to the next peer when this one was sent there"""
 
 
 @dataclass
@@ -86,6 +98,11 @@ class _Asked:
 
     heard_at: float
     rest: list[Hop] = field(default_factory=list)
+    is_coming: bool = False
+    """the answer has begun to come: no more words, and its body may wait for seconds behind those of others"""
+
+    def on_head(self) -> None:
+        self.is_coming = True
 
 
 class Onward:
@@ -175,6 +192,10 @@ class Onward:
         going.rest = list(answer.path)
         return answer, data
 
+    def line_queue(self, peer_id: str, body_bytes: int) -> float:
+        """Microbatches of that size that wait for the line to a peer."""
+        return self._calls.waiting_bytes(peer_id) / max(1, body_bytes)
+
     def _asking(self, going: Handover, known: list[Hop]) -> Microbatch:
         return going.microbatch.model_copy(update={
             "start": going.end, "bits": self._bits, "back_bits": self._back_bits, "known": known,
@@ -187,15 +208,17 @@ class Onward:
         going.rest = known or [Hop(peer_id=here.peer_id, start=going.end, end=here.end)]
         asked = self._asked[here.peer_id, microbatch.key] = _Asked(clock() + len(body) / SLOWEST_BYTES_PER_S)
         self._router.asked(here.peer_id)
+        going.line_queue = self.line_queue(here.peer_id, len(body))
         began = clock()
         size = wire.answer_bytes(microbatch, vocabulary=self._shape.vocabulary, hidden=self._shape.hidden)
         call = asyncio.ensure_future(self._calls.call(
             here.peer_id, "microbatch", microbatch.model_dump(exclude_defaults=True), body, deadline_s=CALL_S,
-            max_answer=size,
+            max_answer=size, on_head=asked.on_head,
         ))
         try:
             while not call.done():
-                left_s = asked.heard_at + SILENT_S - clock()
+                heard_at = self._calls.last_heard(here.peer_id) if asked.is_coming else asked.heard_at
+                left_s = heard_at + SILENT_S - clock()
                 if left_s <= 0:
                     raise PeerGone(f"{here.peer_id[-6:]} is silent")
                 await asyncio.wait([call], timeout=min(left_s, WORKING_S))

@@ -1,9 +1,10 @@
 """The origin of microbatches: draws text, sends it down the chain, and says which peers' gradients count.
 
 Several microbatches are under way at once, so that computing and links overlap. How many is the origin's credit: one
-more while no peer of the path has microbatches waiting for its processor, one fewer where they wait for longer than
-they take. That keeps queues short everywhere without any peer being told how fast the others are, and it bounds the
-memory of all of them, and how old weights get between forward and backward.
+more while no peer of the path has microbatches waiting for its processor or its line, fewer where several wait. That
+keeps queues short everywhere without any peer being told how fast the others are, and it bounds the memory of all of
+them, and how old weights get between forward and backward. (Processors alone once counted; where lines were the bound,
+the credit went to its limit, and the microbatches stood in queues for ten seconds.)
 """
 
 from __future__ import annotations
@@ -22,34 +23,42 @@ from swarm.pipeline.onward import AGAIN_S, Calls
 VERDICT_S = 5.0
 VERDICT_TRIES = 6
 CROWDED, IDLE = 5.0, 1.5
-"""waiting over computing: microbatches come in no order, so a processor that is never idle has some waiting. Simulated,
+"""microbatches that wait: they come in no order, so a processor that is never idle has some waiting. Simulated,
 four stages with links as long as their computing: 8 under way are 0.83 of the bound, 12 are 0.98"""
-LESS = 0.8
-"""of the credit is left where it was too much"""
+AIM = (CROWDED + IDLE) / 2
+LESS, LEAST = 0.8, 0.5
+"""of the credit is left, at most and at least, where it was too much"""
 
 log = logging.getLogger(__name__)
 
 
 class Credit:
-    """How many microbatches may be under way: doubled until somebody is busy, then one more or a fifth less at a time,
-    as TCP does it, after as many answers as were under way."""
+    """How many microbatches may be under way: doubled until somebody is busy, then one more at a time, or fewer by as
+    many as wait in vain, after as many answers as are under way."""
 
     def __init__(self, *, first: int = 2, largest: int) -> None:
         self.now = min(first, largest)
         self.largest, self._opening = largest, True
         self._seen: list[float] = []
+        self._fresh = 0
+        """the first microbatch that was begun after the last change: those before say nothing of it"""
 
-    def learn(self, crowded: float) -> None:
-        """`crowded`: waiting over computing at the most crowded peer of a path."""
+    def learn(self, crowded: float, *, number: int, following: int) -> None:
+        """`crowded`: microbatches that waited for the busiest processor or line of this one's path; `following`: the
+        number of the next one that will be begun."""
+        if number < self._fresh:
+            return
         self._seen.append(crowded)
         if len(self._seen) < self.now:
             return
+        self._fresh = following
         standing = sorted(self._seen)[len(self._seen) // 4]  # bursts wait for each other, a lasting queue holds up all
         self._seen.clear()
         if standing >= IDLE:
             self._opening = False
         if standing > CROWDED:
-            self.now = max(1, int(self.now * LESS))
+            less = max(LEAST * self.now, min(LESS * self.now, self.now - (standing - AIM)))
+            self.now = max(1, int(less))
         elif standing < IDLE:
             self.now = min(self.largest, 2 * self.now if self._opening else self.now + 1)
 
@@ -113,7 +122,7 @@ class Origin:
             except NetworkError as error:
                 log.info("microbatch %d: %s; trying again", number, error)
                 await asyncio.sleep(AGAIN_S)
-        self.credit.learn(answer.crowded)
+        self.credit.learn(answer.crowded, number=number, following=self._number)
         verdicts = self._verdicts(number, answer)
         await self._chain.judge(self._me, verdicts.pop(self._me, []))
         telling = [self._tell(peer_id, theirs, batch.numel()) for peer_id, theirs in verdicts.items()]

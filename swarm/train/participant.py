@@ -41,7 +41,7 @@ from swarm.network.reachability import PUBLIC
 from swarm.network.records import Status
 from swarm.pipeline.loading import next_fragment
 from swarm.pipeline.snapshot import NO_STAGE, Holder
-from swarm.train import checkpoint, handover, report, run_source, surroundings, takeover, text
+from swarm.train import checkpoint, handover, report, run_source, surroundings, takeover
 from swarm.train.arrival import Arrival
 from swarm.train.assembly import assemble
 from swarm.train.boundary import Boundary
@@ -196,6 +196,8 @@ class Participant:
         return self._stream
 
     def _load_data(self) -> None:
+        from swarm.train import text  # and with it `datasets`, a second or two that only who draws text needs
+
         self._stream = text.open_text(
             self.run, reader=self.keypair.peer_id, saved=self._saved_stream, cache=self.home.path / "cache",
             swarm_tokens=self.swarm_tokens, warn=lambda words: self.bus.emit(Warning(words)),
@@ -230,6 +232,7 @@ class Participant:
             self.trainer, self.mover = made.trainer, made.mover
             self.trainer.on_step = self.on_step
             self.trainer.start()
+            self.network.submit(self.network.directory.tell_all())  # that it serves, or others wait for a heartbeat
             if self.mover is not None:
                 self.held = None  # what the mover lets go of shall leave memory
                 self._moving = self.network.submit(self.mover.run_forever())

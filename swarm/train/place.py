@@ -31,7 +31,6 @@ from swarm.pipeline.snapshot import NO_STAGE, Fragments, Holder
 from swarm.train import surroundings
 from swarm.train.serving import CREDIT, microbatch_sequences
 from swarm.train.settings import Settings, choices
-from swarm.train.text import is_mixture
 
 
 @dataclass(frozen=True)
@@ -212,7 +211,7 @@ def planner_of(run: RunConfig, *, on_gpu: bool, main_bytes: int, gpu_bytes: int)
         hidden_size=text_config.hidden_size, num_heads=text_config.num_attention_heads,
         sequence_length=run.train.sequence_length, microbatch_sequences=microbatch_sequences(run),
         pieces=run.train.batch_sequences // microbatch_sequences(run), bits=run.averaging.bits,
-        buffers=outer.num_buffers(run), sync=run.averaging.mode == "sync", on_gpu=on_gpu, masked=is_mixture(run),
+        buffers=outer.num_buffers(run), sync=run.averaging.mode == "sync", on_gpu=on_gpu, masked=run.is_mixture,
     )
     return Planner(_sizes(whole, cut(whole, run.fragments)), work, run, main_bytes, gpu_bytes, Settings())
 

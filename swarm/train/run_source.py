@@ -17,14 +17,14 @@ from swarm.errors import ConfigError, SwarmError
 from swarm.host.home import Home, atomic_write
 from swarm.host.presets import preset_path
 from swarm.model import working
-from swarm.model.architecture import is_folder
+from swarm.model.architecture import architecture, is_folder
 from swarm.model.build import Model, build_model, resolve
+from swarm.model.families import check_segments
 from swarm.model.fragments import FragmentSpec, block_of_each, cut
 from swarm.model.lora import base_digest, frozen_tensors
 from swarm.model.partial import build_stage
 from swarm.model.skeleton import skeleton
 from swarm.model.stage import Stage
-from swarm.train.text import check_model
 
 DEMO = "runs/demo.yaml"
 
@@ -102,6 +102,12 @@ def load_states(held: Held, states: Iterable[GlobalState]) -> None:
         for state in states:
             for name, values in held.layouts[state.fragment].views(state.weights):
                 working.write_all(parameters[name], values)
+
+
+def check_model(run: RunConfig) -> None:
+    """Raises ConfigError where the run's rows are packed and its model would see over the borders in them."""
+    if run.is_mixture:
+        check_segments(architecture(run), sequence_length=run.train.sequence_length)
 
 
 def new_run(

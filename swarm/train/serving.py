@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from swarm.averaging.averager import Averager
 from swarm.config import RunConfig
-from swarm.data.text_stream import TextStream
+from swarm.data.text_stream import TextStream, drawn
 from swarm.events import Warning
 from swarm.network.network import Network
 from swarm.pipeline import calls, wire
@@ -28,7 +28,6 @@ from swarm.train.boundary import Boundary
 from swarm.train.optimizers import Optimizers
 from swarm.train.run_source import Held
 from swarm.train.stage_steps import StageSteps
-from swarm.train.text import drawn
 
 PIECES = 4
 """microbatches in the batch of one inner step"""

@@ -15,12 +15,11 @@ from collections.abc import Callable
 
 from swarm.averaging.averager import Averager
 from swarm.config import RunConfig
-from swarm.data.text_stream import TextClosed, TextStream
+from swarm.data.text_stream import TextClosed, TextStream, drawn
 from swarm.network.network import Network
 from swarm.pipeline.origin import Origin
 from swarm.train.metered import Metered
 from swarm.train.serving import Serving, microbatch_sequences
-from swarm.train.text import drawn
 from swarm.train.trainer import give_way
 
 WAIT_S = 0.01

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from swarm.config import RunConfig
-from swarm.data.batch import Batch
 from swarm.data.mixture import open_mixture
 from swarm.data.sources import documents
 from swarm.data.stream import PackedStream, tokenise
@@ -17,7 +15,7 @@ from swarm.data.text_stream import TextStream
 from swarm.data.tokenizer import load_tokenizer
 from swarm.errors import StateError
 from swarm.model.architecture import architecture
-from swarm.model.families import check_segments
+from swarm.train.run_source import check_model
 
 
 def open_text(
@@ -31,7 +29,7 @@ def open_text(
     check_model(run)
     tokenizer = load_tokenizer(run)
     stream: TextStream
-    if not is_mixture(run):
+    if not run.is_mixture:
         assert run.data is not None
         train, _ = documents(run.data, cache=cache)
         tokens = tokenise(train, tokenizer)
@@ -45,24 +43,6 @@ def open_text(
     _go_on(mixture, saved)
     mixture.start()
     return mixture
-
-
-def is_mixture(run: RunConfig) -> bool:
-    """Whether its rows are packed, each text in a segment of its own. One text without phases is a plain stream."""
-    return run.data is None or bool(run.phases)
-
-
-def check_model(run: RunConfig) -> None:
-    """Raises ConfigError where the run's rows are packed and its model would see over the borders in them."""
-    if is_mixture(run):
-        check_segments(architecture(run), sequence_length=run.train.sequence_length)
-
-
-async def drawn(stream: TextStream, num_sequences: int) -> Batch:
-    """The next batch, for an event loop: a mixture may wait for a source, and must not make others wait."""
-    if isinstance(stream, PackedStream):
-        return stream.next_batch(num_sequences)
-    return await asyncio.to_thread(stream.next_batch, num_sequences)
 
 
 def _go_on(stream: TextStream, saved: dict[str, Any]) -> None:

@@ -179,7 +179,7 @@ def test_a_life_from_the_first_start_to_sigkill(folder: Path) -> None:
         with pytest.raises(SystemExit, match="in vain for nothing") as failed:
             swarm.wait_for(lambda: False, timeout_s=0.0, what="nothing")
         told = str(failed.value)
-        mains = told.count('in _run_module_as_main\n')  # a signal may come to a thread of C++: no thread is "current" then
+        mains = told.count("in _run_module_as_main\n")  # a signal may come to a thread of C++: none is "current" then
         assert mains == 2 and "swarm/peer.py" in told, f"where every thread of each peer is, the main one last: {told}"
 
         traces = [Traces(peer) for peer in again]

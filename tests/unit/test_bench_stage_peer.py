@@ -116,6 +116,31 @@ def test_emulated_computing_passes_on_what_comes_and_keeps_the_books(clock: Cloc
         assert [part.take(fragment) for fragment in part.fragments] == [({}, tokens.numel())] * len(part.fragments)
 
 
+def test_what_turns_took_too_long_is_taken_off_the_next_ones(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Emulated, "turns_s", 0.0)
+    monkeypatch.setattr(Emulated, "owed_s", 0.0)
+    queue = emulated.Calibrated(clock.monotonic)
+    part = stage(Emulated, 0, 1)
+    (tokens,) = microbatches(1, seed=1)
+
+    def turn(key: int, packing_s: float) -> None:
+        part.forward(key, tokens, start=0, end=1, tokens=tokens.numel())
+        clock.sleep(packing_s)
+
+    async def story() -> list[float]:
+        ends = []
+        for key, packing_s in enumerate((0.25, 0.25, 0.25, 1.75, 0.25, 0.25)):
+            done = queue(lambda key=key, packing_s=packing_s: turn(key, packing_s), urgency=2)  # type: ignore[misc]
+            assert queue.run_next()
+            await done
+            ends.append(clock.now_s)
+        return ends
+
+    ends = asyncio.run(story())
+    assert ends == [1.25, 2.25, 3.25, 5.75, 6.0, 6.25], "a second each, and a machine that stalls catches up"
+    assert Emulated.owed_s == pytest.approx(0.25)
+
+
 def test_emulated_computing_forgets(clock: Clock) -> None:
     first = stage(Emulated, 0, 1)
     (tokens,) = microbatches(1, seed=1)

@@ -342,6 +342,15 @@ def test_help_imports_nothing_heavy():
     assert not loaded & {"torch", "hivemind", "transformers", "datasets", "numpy", "rich", "pydantic", "asyncio"}
 
 
+def test_who_draws_no_text_does_not_load_what_reads_it():
+    """A second or two of a start, and memory: of a chain only who holds the first fragment draws text."""
+    program = "import sys, swarm.train.participant\nprint('\\n'.join(sys.modules))"
+    environ = {**os.environ, "PYTHONPATH": "."}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, env=environ)
+    loaded = {name.split(".")[0] for name in done.stdout.split()}
+    assert "torch" in loaded and not loaded & {"datasets", "pandas", "pyarrow"}
+
+
 def test_the_defaults_are_written_once():
     tree = ast.parse(inspect.getsource(cli))
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]

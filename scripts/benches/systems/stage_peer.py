@@ -21,7 +21,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from benches.systems.emulated import Emulated, Padded, Times
+from benches.systems.emulated import Calibrated, Emulated, Padded, Times
 from benches.systems.hub import Hub
 from benches.systems.hub import serve as serve_hub
 from swarm import peer
@@ -102,6 +102,8 @@ def install(options: argparse.Namespace) -> None:
     parts: Any = serving
     parts.StageCompute = told(Emulated if options.emulate else Padded, times)
     parts.Chain, parts.Origin = ToldChain, ToldOrigin
+    if options.emulate:
+        parts.WorkQueue = Calibrated
     if options.hub:
         Hub.in_flight, Hub.each_s = options.hub, options.each_s
         Hub.on_done = staticmethod(  # type: ignore[method-assign, assignment]

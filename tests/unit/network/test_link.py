@@ -94,6 +94,56 @@ def test_heads_overtake_bulk_bodies():
     run(test)
 
 
+def test_who_asked_knows_that_the_answer_is_coming_before_its_body():
+    async def test():
+        async with one_link() as (ours, reader, writer):
+            heads = []
+            asked = asyncio.create_task(ours.call(
+                "big", {}, deadline_s=PATIENCE_S, max_answer=MB, on_head=lambda: heads.append(asked.done())
+            ))
+            _, call, _ = await read_frame(reader)
+            writer.write(frames.pack(frames.ANSWER, call, frames.pack_head({"h": {}, "n": 9})))
+            await soon(lambda: heads == [False])
+            writer.write(frames.pack(frames.ANSWER_BODY, call, b"x" * 9))
+            assert await asked == ({}, b"x" * 9)
+
+    run(test)
+
+
+def test_what_waits_for_the_line_is_known_and_taken_back():
+    async def test():
+        async with one_link() as (ours, reader, _):
+            tensor = asyncio.create_task(ours.call("push", {}, bytes(4 * MB), deadline_s=PATIENCE_S, steady=True))
+            await read_frame(reader)
+            await soon(lambda: 0 < ours.waiting_bytes < 4 * MB)
+            tensor.cancel()
+            await asyncio.gather(tensor, return_exceptions=True)
+            assert ours.waiting_bytes == 0
+
+    run(test)
+
+
+@pytest.mark.parametrize(("size", "steady", "hurried", "careful"), [
+    (MB, True, 0, True), (MB, False, 0, False), (pacing.STEADY_BYTES - 1, True, 0, False), (MB, True, MB, False),
+])  # fmt: skip
+def test_only_large_bodies_of_a_stream_are_let_go_with_care_and_none_that_others_wait_behind(
+    size, steady, hurried, careful
+):
+    async def test():
+        async with one_link() as (ours, reader, _):
+            asked = [asyncio.create_task(ours.call("push", {}, bytes(size), deadline_s=PATIENCE_S, steady=steady))]
+            if hurried:
+                asked.append(asyncio.create_task(ours.call("push", {}, bytes(hurried), deadline_s=PATIENCE_S)))
+            while (await read_frame(reader))[0] != frames.REQUEST_BODY:
+                pass
+            assert ours.pacing.is_steady == careful
+            for task in asked:
+                task.cancel()
+            await asyncio.gather(*asked, return_exceptions=True)
+
+    run(test)
+
+
 def test_the_reason_of_a_refusal_arrives_and_the_link_goes_on():
     async def test():
         async with two_links() as (asker, answerer):

@@ -43,6 +43,10 @@ class World:
         self.peers: dict[str, Peer] = {}
         self.messages: list[tuple[str, str, str, int]] = []
         """(from, to, method, bytes of the body)"""
+        self.waiting_bytes: dict[tuple[str, str], int] = {}
+        """for the line of one peer to another"""
+        self.answers_wait_s = 0.0
+        """for the line, once they have begun to come"""
 
     async def travel(self) -> None:
         await asyncio.sleep(self.delay_s * self.dice.uniform(0.5, 1.5))
@@ -148,7 +152,7 @@ class Peer:
 
     async def call(
         self, peer_id: str, method: str, header: dict[str, Any], body: bytes = b"", *, deadline_s: float,
-        max_answer: int = 0,
+        max_answer: int = 0, on_head: Callable[[], None] = lambda: None,
     ) -> Answer:
         other = self.world.peers[peer_id]
         self.world.messages.append((self.id, peer_id, method, len(body)))
@@ -165,6 +169,9 @@ class Peer:
             if not done:
                 raise PeerGone("no answer in time")
             header, data = asking.result()
+            if data and self.world.answers_wait_s:  # behind others, on a line that is full
+                on_head()
+                await asyncio.sleep(self.world.answers_wait_s)
             self.world.messages.append((peer_id, self.id, f"{method}'s answer", len(data)))
             return header, data
         finally:
@@ -189,6 +196,13 @@ class Peer:
         if other.dead or self.dead:
             raise PeerGone("the link ended")
         return answer
+
+    def waiting_bytes(self, peer_id: str) -> int:
+        return self.world.waiting_bytes.get((self.id, peer_id), 0)  # these lines take all at once
+
+    def last_heard(self, peer_id: str) -> float:
+        other, now = self.world.peers[peer_id], asyncio.get_running_loop().time()
+        return float("-inf") if other.dead or now < other.frozen_until else now
 
     async def notify(self, peer_id: str, method: str, header: dict[str, Any], *, deadline_s: float) -> None:
         other = self.world.peers[peer_id]

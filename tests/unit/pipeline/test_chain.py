@@ -17,7 +17,7 @@ from swarm.pipeline import chain as chains
 from swarm.pipeline.messages import Bits, Hop, Microbatch, Verdict
 from tests.unit.averaging.simulation import play
 from tests.unit.pipeline.chains import Peer, World, finish, largest_error, sums
-from tests.unit.pipeline.toy import HIDDEN, VOCABULARY, in_one_process, microbatches
+from tests.unit.pipeline.toy import HIDDEN, LENGTH, VOCABULARY, in_one_process, microbatches
 
 CUTS = [
     stages for count in (1, 2, 3, 4)
@@ -178,6 +178,38 @@ def test_a_frozen_peer_is_passed_over_in_seconds_and_told_to_forget_when_it_is_b
         await asyncio.sleep(40)
         assert frozen.compute.in_flight == 0 and not frozen.chain._entries
         assert largest_error(sums(world), wanted) < 1e-5
+
+    play(story())
+
+
+@pytest.mark.parametrize("is_frozen", [False, True])
+def test_an_answer_that_waits_for_the_line_is_not_silence_but_a_frozen_machine_is(is_frozen: bool) -> None:
+    texts = microbatches(3, seed=16)
+    wanted, _ = in_one_process(2, texts)
+
+    async def story() -> None:
+        world = World(2, seed=16)
+        origin, asked = Peer(world, "a", 0, 1), Peer(world, "b", 1, 2)
+        world.answers_wait_s = 3 * onward.SILENT_S
+        if is_frozen:  # while its answers are coming
+            asyncio.get_running_loop().call_later(onward.SILENT_S, asked.freeze, 1.5 * onward.SILENT_S)
+        await finish([origin.origin(texts)])
+        assert (origin.chain.onward.reroutes > 0) == is_frozen
+        assert largest_error(sums(world), wanted) < 1e-5
+
+    play(story())
+
+
+@pytest.mark.parametrize(("sender", "receiver"), ["ab", "ba", "bc", "cb"])
+def test_what_waits_for_the_fullest_line_of_a_path_is_told_to_the_origin(sender: str, receiver: str) -> None:
+    async def story() -> None:
+        world = World(3, seed=17)
+        peers = {name: Peer(world, name, index, index + 1) for index, name in enumerate("abc")}
+        size = wire.values_bytes((1, LENGTH, HIDDEN), 32)
+        world.waiting_bytes = {(peer.id, other.id): size for peer in peers.values() for other in peers.values()}
+        world.waiting_bytes[peers[sender].id, peers[receiver].id] = 7 * size
+        answer = await peers["a"].chain.begin_own(0, Batch(microbatches(1, seed=1)[0]))
+        assert 6.0 < answer.crowded <= 7.0, "in microbatches; token ids travel one way"
 
     play(story())
 

@@ -16,7 +16,7 @@ from tests.unit.pipeline.toy import in_one_process, microbatches
 
 def told(credit: Credit, crowded: float, times: int = 1) -> int:
     for _ in range(times):
-        credit.learn(crowded)
+        credit.learn(crowded, number=0, following=0)
     return credit.now
 
 
@@ -26,8 +26,15 @@ def test_credit_doubles_until_somebody_is_busy_and_then_feels_its_way() -> None:
     assert [told(credit, 0.0, credit.now) for _ in range(3)] == [4, 8, 16]
     assert told(credit, 2.0, 16) == 16, "busy, and no more"
     assert told(credit, 0.0, 16) == 17, "one more at a time from now on"
-    assert told(credit, 9.0, 17) == 13, "a fifth less"
-    assert told(credit, 9.0, 12) == 13, "as many answers as are under way, before anything is changed again"
+    assert told(credit, 6.0, 17) == 13, "a fifth less"
+    assert told(credit, 6.0, 12) == 13, "as many answers as are under way, before anything is changed again"
+    assert told(credit, 9.0, 1) == 10, "a fifth, or a few that wait"
+
+
+def test_credit_falls_at_once_by_those_that_wait_in_vain() -> None:
+    credit = Credit(first=32, largest=32)
+    assert told(credit, 15.0, 32) == 20
+    assert told(credit, 99.0, 20) == 10, "but by half at most"
 
 
 def test_credit_has_bounds() -> None:
@@ -40,8 +47,21 @@ def test_credit_has_bounds() -> None:
 def test_one_odd_answer_changes_nothing() -> None:
     credit = Credit(first=4, largest=8)
     for crowded in (0.0, 0.0, 50.0, 0.0):
-        credit.learn(crowded)
+        told(credit, crowded)
     assert credit.now == 8
+
+
+def test_what_was_begun_before_a_change_says_nothing_of_it() -> None:
+    credit = Credit(first=16, largest=32)
+    for number in range(16):
+        credit.learn(9.0, number=number, following=number + 16)
+    assert credit.now == 10, "the last of them left while numbers to 31 were under way"
+    for number in range(16, 31):
+        credit.learn(9.0, number=number, following=number + 10)
+    assert credit.now == 10, "they had been begun before"
+    for number in range(31, 41):
+        credit.learn(9.0, number=number, following=number + 10)
+    assert credit.now == 5
 
 
 def test_text_may_come_later() -> None:

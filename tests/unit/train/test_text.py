@@ -13,9 +13,10 @@ from swarm.config import ModelConfig, SourceConfig, run_from_dict
 from swarm.data.batch import Batch
 from swarm.data.mixture import Mixture
 from swarm.data.stream import PackedStream
-from swarm.data.text_stream import TextClosed
+from swarm.data.text_stream import TextClosed, drawn
 from swarm.errors import ConfigError
-from swarm.train.text import check_model, drawn, open_text
+from swarm.train.run_source import check_model
+from swarm.train.text import open_text
 
 MODEL = {"config": {"model_type": "gptj", "vocab_size": 320, "n_embd": 16, "n_layer": 1, "n_head": 2, "rotary_dim": 4}}
 
@@ -107,6 +108,8 @@ def test_a_model_that_ignores_masks_cannot_learn_from_packed_rows(kind, book, tm
 
 class Waiting:
     """Has no text until told to."""
+
+    may_wait = True
 
     def __init__(self):
         self.there = threading.Event()
