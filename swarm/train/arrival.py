@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Coroutine, Iterable
+from typing import Any
 
 from swarm.config import PeerConfig, RunConfig
 from swarm.errors import ConfigError, HomeError, JoinError, NetworkError
@@ -28,6 +29,7 @@ class Arrival:
         self._config, self._home, self._network = config, home, network
         self._ways_in: list[str] = []
         self._answered: list[str] = []
+        self._publishing: asyncio.Task[None] | None = None
         self.situation = reachability.judge([], port=0)
 
     def connect(self) -> None:
@@ -91,8 +93,13 @@ class Arrival:
             await asyncio.sleep(0.3)
         for maddr in self._ways_in:  # who is silent now may come back a moment later, as in a swarm that restarts
             network.directory.meet(peer_id_of(maddr), [maddr])
-        await join.publish_run(network.dht, run, list(network.directory.alive()), network.peer_id)
-        return len(network.directory.alive())
+        others = list(network.directory.alive())
+        publishing = join.publish_run(network.dht, run, others, network.peer_id)
+        if others:  # they have published it, and each round trip is one that this peer does not work
+            self._publishing = asyncio.create_task(_quietly(publishing))
+        else:
+            await publishing
+        return len(others)
 
     def own_maddrs(self) -> list[str]:
         """Where others may dial this peer; none where they cannot."""
@@ -128,6 +135,12 @@ class Arrival:
     def _remember(self, maddrs: list[str]) -> None:
         with contextlib.suppress(HomeError):  # a full disk: the address book is a convenience
             self._home.remember(maddrs)
+
+
+async def _quietly(publishing: Coroutine[Any, Any, None]) -> None:
+    """It is done again within the minute (participant.py)."""
+    with contextlib.suppress(Exception):
+        await publishing
 
 
 def covers(statuses: Iterable[Status], num_fragments: int) -> bool:
