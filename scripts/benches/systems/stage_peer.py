@@ -32,16 +32,13 @@ from swarm.pipeline.messages import Gradient, Hop, Verdict
 from swarm.pipeline.onward import Handover
 from swarm.pipeline.origin import Origin
 from swarm.pipeline.routing import Holder
-from swarm.train import participant, serving, text  # what a peer loads when it starts, for those that are forked
+from swarm.train import serving
 
 
 def tell(event: str, **values: Any) -> None:
     """One write, so that the product's own lines are not torn; nothing is lost when this process is killed."""
     line = json.dumps({"event": event, "at": round(time.monotonic(), 4), **values})
     os.write(sys.stdout.fileno(), line.encode() + b"\n")
-
-
-LOADED = participant, text
 
 
 class ToldOrigin(Origin):
