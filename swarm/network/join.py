@@ -21,9 +21,10 @@ MAX_SKEW_S = 3.0
 RETRY_S = 1.0
 FIRST_TRY_S = 5.0
 """an address gets this long even where the deadline is shorter"""
-SOONEST_S, OTHERS_S = 0.3, 2.0
+SOONEST_S, OTHERS_S = 1.0, 2.0
 """after the first has answered, the other addresses get as long again as that took, and so long at least and at most:
-some of an address book are always gone, and whoever comes back would wait for them"""
+some of an address book are always gone, and whoever comes back would wait for them. Not less: those who have answered
+vote on whether this machine's clock is right, and one neighbour's alone may be the one that is off"""
 MAX_RUNS = 8
 RUN_ID = re.compile("[a-z0-9][a-z0-9-]{0,39}-[0-9a-f]{12}")
 RUNS_KEY = "swarm/runs"

@@ -26,6 +26,7 @@ CROWDED, IDLE = 5.0, 1.5
 """microbatches that wait: they come in no order, so a processor that is never idle has some waiting. Simulated,
 four stages with links as long as their computing: 8 under way are 0.83 of the bound, 12 are 0.98"""
 AIM = (CROWDED + IDLE) / 2
+"""microbatches that shall wait after the credit was too much"""
 LESS, LEAST = 0.8, 0.5
 """of the credit is left, at most and at least, where it was too much"""
 

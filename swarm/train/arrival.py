@@ -30,6 +30,7 @@ class Arrival:
         self._ways_in: list[str] = []
         self._answered: list[str] = []
         self._publishing: asyncio.Task[None] | None = None
+        """kept, because a loop holds its tasks weakly"""
         self.situation = reachability.judge([], port=0)
 
     def connect(self) -> None:

@@ -6,7 +6,7 @@ from collections import deque
 
 import pytest
 
-from swarm.network.pacing import ACK_BYTES, MAX_WINDOW, MIN_WINDOW, TARGET_S, Pacing
+from swarm.network.pacing import ACK_BYTES, BURST_S, MAX_WINDOW, MIN_WINDOW, PACE, STEADY_PACE, TARGET_S, Pacing
 
 FRAME = 64 * 1024
 
@@ -213,6 +213,26 @@ def test_a_lie_about_what_arrived_changes_nothing(total):
     pacing.on_arrived(total, there_at=2.0, now=2.0)
     assert pacing.room() == room and pacing.arrived == 500
     assert MIN_WINDOW <= pacing.window <= MAX_WINDOW
+
+
+def test_a_stream_is_let_go_with_more_care_and_fills_the_path_all_the_same():
+    found = {}
+    for is_steady in (False, True):
+        pacing = Pacing()
+        pacing.is_steady = is_steady
+        end, _ = transfer(pacing, 30_000_000, bytes_per_s=12.5e6, rtt_s=0.08)
+        assert pacing._was_full
+        found[is_steady] = transfer(pacing, 60_000_000, bytes_per_s=12.5e6, rtt_s=0.08, start=end)
+    assert found[True][1] < 0.7 * found[False][1], "of the queue"
+    assert found[True][0] < 1.1 * 60_000_000 / 12.5e6
+    pauses = []
+    for is_steady in (False, True):
+        pacing = Pacing()
+        transfer(pacing, 30_000_000, bytes_per_s=12.5e6, rtt_s=0.08)
+        pacing.is_steady = is_steady
+        pacing.on_sent(10 * FRAME, now=1000.0)
+        pauses.append(pacing.wait_s(1000.0) + BURST_S)
+    assert pauses[1] / pauses[0] == pytest.approx(PACE / STEADY_PACE)
 
 
 def test_a_pause_is_not_taken_for_a_slow_path():
