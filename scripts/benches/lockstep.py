@@ -28,6 +28,7 @@ from swarm.train.run_source import Held, hold, load_states
 
 Weights = Mapping[int, torch.Tensor]
 """fragment -> fp32 [numel]"""
+CPU = torch.device("cpu")
 
 
 class Holder(Protocol):
@@ -53,13 +54,15 @@ class Simulation:
     """K whole-model peers of one run, in lock-step."""
 
     def __init__(
-        self, run: RunConfig, *, num_peers: int, tokens: torch.Tensor, start: Weights | None = None, before: int = 0
+        self, run: RunConfig, *, num_peers: int, tokens: torch.Tensor, start: Weights | None = None, before: int = 0,
+        device: torch.device = CPU,
     ) -> None:
-        """`tokens`: of the text; `start`: weights to go on from, trained on `before` tokens; None: the run's own."""
+        """`tokens`: of the text; `start`: weights to go on from, trained on `before` tokens; None: the run's own. The
+        models are on `device`, all else is where peers have it: in main memory."""
         self.run, self.tokens = run, before
         self.bytes_sent = 0
         """by all peers together, to others"""
-        first = started(run, start, before)
+        first = started(run, start, before, device)
         self.peers = [self._peer(copy.deepcopy(first), f"peer-{number}") for number in range(num_peers)]
         self._stream = stream_of(run, tokens, before)
         self._arriving: list[tuple[int, str, GlobalState]] = []
@@ -123,11 +126,12 @@ class Alone:
     """One process, synchronous: inner steps of the batches of `num_peers` peers together, and no rounds."""
 
     def __init__(
-        self, run: RunConfig, *, num_peers: int, tokens: torch.Tensor, start: Weights | None = None, before: int = 0
+        self, run: RunConfig, *, num_peers: int, tokens: torch.Tensor, start: Weights | None = None, before: int = 0,
+        device: torch.device = CPU,
     ) -> None:
         train = replace(run.train, batch_sequences=run.train.batch_sequences * num_peers)
         self.run, self.tokens = replace(run, train=train), before
-        self._held = started(self.run, start, before)
+        self._held = started(self.run, start, before, device)
         self._inner = InnerOptimizer(self._held.model, self._held.fragments, self.run)
         self._stream = stream_of(run, tokens, before)
 
@@ -142,9 +146,10 @@ class Alone:
         return {index: layout.flatten(parameters) for index, layout in self._held.layouts.items()}
 
 
-def started(run: RunConfig, start: Weights | None, before: int) -> Held:
+def started(run: RunConfig, start: Weights | None, before: int, device: torch.device = CPU) -> Held:
     """The whole model, with these weights at version 0, trained on `before` tokens."""
     held = hold(run)
+    torch.nn.Module.to(held.model, device)
     if start is not None:
         held.states = {
             index: replace(state, weights=start[index].clone(), tokens=before) for index, state in held.states.items()

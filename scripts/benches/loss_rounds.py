@@ -13,11 +13,15 @@ from __future__ import annotations
 
 import argparse
 import math
+import multiprocessing
 import statistics
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
+
+import torch
 
 from benches import table as tables
 from benches.kept import Kept
@@ -26,6 +30,7 @@ from benches.pipeline_loss import Text
 from swarm.averaging.layout import Layout
 from swarm.config import AveragingConfig, RunConfig
 from swarm.errors import ConfigError
+from swarm.host.device import choose_device
 from swarm.network import codec
 from swarm.train.run_source import hold
 
@@ -68,6 +73,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="checkpoint, cold: times fewer bytes (200 500 1000 2000; cold: 150 300)",
     )
     parser.add_argument("--rough-bits", type=int, default=2, help="checkpoint, cold: bits of all rows over 200 (2)")
+    parser.add_argument("--device", default="cpu", help="checkpoint, cold: where the models are, as a peer's (cpu)")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="checkpoint, cold: runs at once (1)")
 
 
 def measure(options: argparse.Namespace, run: RunConfig, text: Text) -> dict[str, Any]:
@@ -80,19 +87,21 @@ def measure(options: argparse.Namespace, run: RunConfig, text: Text) -> dict[str
         step = TOTAL_SEQUENCES * run.train.sequence_length
         first, more = QUICK_STEPS * step if first else 0, QUICK_STEPS * step
     run = replace(run, train=replace(run.train, total_tokens=first + more))
-    kept = Kept(options.out.with_suffix(".kept"))
+    device, _ = choose_device(options.device, 1)
+    study = Study(text, Kept(options.out.with_suffix(".kept")), before=first, device=device)
+    runs = [replace(run, seed=run.seed + number) for number in range(1 if options.quick else options.seeds)]
+    if options.jobs > 1:
+        at_once(study, runs, rows, jobs=options.jobs)
     found: dict[str, list[dict[str, Any]]] = {}
-    for seed in range(run.seed, run.seed + (1 if options.quick else options.seeds)):
-        own = replace(run, seed=seed)
-        start = checkpoint(own, text, first, kept) if first else None
-        base = figures(own, text, start, before=first, row=None, kept=kept)
+    for own in runs:
+        base = study.figures(own, None)
         found.setdefault("alone", []).append(base)
         for row in rows:
-            one = figures(own, text, start, before=first, row=row, kept=kept)
+            one = study.figures(own, row)
             gap = 100 * (one["loss"] / base["loss"] - 1)
             found.setdefault(row.name, []).append({**one, "gap_percent": round(gap, 3)})
             print(
-                f"seed {seed}  {row.name}: {one['loss']:.4f} nats/token, {gap:+.2f} % of {base['loss']:.4f},"
+                f"seed {own.seed}  {row.name}: {one['loss']:.4f} nats/token, {gap:+.2f} % of {base['loss']:.4f},"
                 f" {one['rounds']} rounds, {one['less_than_ddp']:.0f}x less than bf16 DDP", flush=True,
             )
     return {
@@ -114,47 +123,77 @@ def rows_of(options: argparse.Namespace) -> list[Row]:
     ]
 
 
-def checkpoint(run: RunConfig, text: Text, tokens: int, kept: Kept) -> Weights:
-    """Weights after so many tokens of plain training, of the schedule of the whole run."""
-    key = f"checkpoint of {tokens} {plain(run).run_id} {TOTAL_SEQUENCES}"
-    weights = kept.weights(key)
-    if weights is None:
-        own = replace(run, train=replace(run.train, batch_sequences=TOTAL_SEQUENCES))
-        weights = trained(Alone(own, num_peers=1, tokens=text.tokens), until=tokens, name=f"seed {run.seed} checkpoint")
-        kept.keep_weights(key, weights)
-    return weights
+@dataclass(frozen=True)
+class Study:
+    """What all runs have in common. Each run's figures are kept as soon as they are there."""
 
+    text: Text
+    kept: Kept
+    before: int
+    """tokens of the checkpoint; 0: there is none"""
+    device: torch.device
 
-def figures(
-    run: RunConfig, text: Text, start: Weights | None, *, before: int, row: Row | None, kept: Kept
-) -> dict[str, Any]:
-    """Of one run to the end; `row` None: of the synchronous process."""
-    own = run if row is None else setup(run, row, layouts=hold(run).layouts.values(), before=before)
-    key = f"{before} {(plain(own) if row is None else own).run_id} {TOTAL_SEQUENCES} {row}"
-    found = kept.figures(key)
-    if found is not None:
+    def checkpoint(self, run: RunConfig) -> Weights | None:
+        """Weights after so many tokens of plain training, of the schedule of the whole run."""
+        if not self.before:
+            return None
+        key = f"checkpoint of {self.before} {plain(run).run_id} {TOTAL_SEQUENCES}"
+        weights = self.kept.weights(key)
+        if weights is None:
+            own = replace(run, train=replace(run.train, batch_sequences=TOTAL_SEQUENCES))
+            alone = Alone(own, num_peers=1, tokens=self.text.tokens, device=self.device)
+            weights = trained(alone, until=self.before, name=f"seed {run.seed} checkpoint")
+            self.kept.keep_weights(key, weights)
+        return weights
+
+    def figures(self, run: RunConfig, row: Row | None) -> dict[str, Any]:
+        """Of one run to the end; `row` None: of the synchronous process."""
+        own = run if row is None else setup(run, row, layouts=hold(run).layouts.values(), before=self.before)
+        key = f"{self.before} {(plain(own) if row is None else own).run_id} {TOTAL_SEQUENCES} {row}"
+        found = self.kept.figures(key)
+        if found is None:
+            began, start = time.process_time(), self.checkpoint(run)
+            found = self._alone(own, start) if row is None else self._swarm(own, row, start)
+            found["cpu_s"] = round(time.process_time() - began)
+            self.kept.keep(key, found)
         return found
-    began = time.process_time()
-    if row is None:
-        whole = replace(own, train=replace(own.train, batch_sequences=TOTAL_SEQUENCES))
-        alone = Alone(whole, num_peers=1, tokens=text.tokens, start=start, before=before)
-        before_loss = text.loss(own, alone.weights())
-        weights = trained(alone, until=own.train.total_tokens, name=f"seed {run.seed} alone")
-        found = {"loss_before": before_loss}
-    else:
-        swarm = Simulation(own, num_peers=row.peers, tokens=text.tokens, start=start, before=before)
-        weights = trained(swarm, until=own.train.total_tokens, name=f"seed {run.seed} {row.name}")
+
+    def _alone(self, run: RunConfig, start: Weights | None) -> dict[str, Any]:
+        whole = replace(run, train=replace(run.train, batch_sequences=TOTAL_SEQUENCES))
+        alone = Alone(
+            whole, num_peers=1, tokens=self.text.tokens, start=start, before=self.before, device=self.device
+        )
+        loss_before = self._loss(run, alone.weights())
+        weights = trained(alone, until=run.train.total_tokens, name=f"seed {run.seed} alone")
+        return {"loss_before": loss_before, "loss": self._loss(run, weights)}
+
+    def _swarm(self, run: RunConfig, row: Row, start: Weights | None) -> dict[str, Any]:
+        swarm = Simulation(
+            run, num_peers=row.peers, tokens=self.text.tokens, start=start, before=self.before, device=self.device
+        )
+        weights = trained(swarm, until=run.train.total_tokens, name=f"seed {run.seed} {row.name}")
         layouts = swarm.peers[0].held.layouts.values()
-        steps = (swarm.tokens - before) / (TOTAL_SEQUENCES * run.train.sequence_length)
+        step_tokens = TOTAL_SEQUENCES * run.train.sequence_length
+        steps = (swarm.tokens - self.before) / step_tokens
         sent = swarm.bytes_sent / row.peers
-        found = {
+        return {
             "rounds": min(ledger.state.version for ledger in swarm.peers[0].ledgers), "bytes_sent_each": round(sent),
             "less_than_ddp": round(steps * ddp_bytes(layouts, row.peers) / sent, 1),
-            "inner_steps": own.averaging.tokens_per_round // (TOTAL_SEQUENCES * run.train.sequence_length),
+            "inner_steps": run.averaging.tokens_per_round // step_tokens, "loss": self._loss(run, weights),
         }
-    found = {**found, "loss": text.loss(own, weights), "cpu_s": round(time.process_time() - began)}
-    kept.keep(key, found)
-    return found
+
+    def _loss(self, run: RunConfig, weights: Weights) -> float:
+        return self.text.loss(run, weights, device=self.device)
+
+
+def at_once(study: Study, runs: Sequence[RunConfig], rows: Sequence[Row], *, jobs: int) -> None:
+    """Find out, and keep, what is not there yet: so many runs at a time, each with one thread of its own."""
+    spawn = multiprocessing.get_context("spawn")  # a forked process cannot use the GPU
+    with ProcessPoolExecutor(jobs, mp_context=spawn, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        list(pool.map(study.checkpoint, runs))
+        asked = [(run, row) for row in (None, *sorted(rows, key=lambda row: -row.peers)) for run in runs]
+        for done in [pool.submit(study.figures, run, row) for run, row in asked]:
+            done.result()
 
 
 def plain(run: RunConfig) -> RunConfig:

@@ -19,6 +19,7 @@ import torch
 from benches import options as common
 from benches import table as tables
 from benches.lockchain import FP32, LockChain, Weights, schedule_of
+from benches.lockstep import CPU
 from swarm.config import RunConfig
 from swarm.data.sources import documents
 from swarm.data.stream import held_out_batches, tokenise
@@ -97,9 +98,10 @@ class Text:
             num_sequences_max=num_sequences,
         )
 
-    def loss(self, run: RunConfig, weights: Weights) -> float:
+    def loss(self, run: RunConfig, weights: Weights, *, device: torch.device = CPU) -> float:
         """Of the whole model with these weights, nats a token."""
         held = hold(run)
+        torch.nn.Module.to(held.model, device)
         parameters = dict(held.model.named_parameters())
         with torch.no_grad():
             for index, flat in weights.items():

@@ -152,7 +152,7 @@ class Chain:
     def _entry(self, microbatch: Microbatch, body: bytes, *, is_own: bool) -> _Entry:
         """A microbatch that is here, or is begun."""
         return self._entries.get(microbatch.key) or self._begin(microbatch, is_own=is_own, read=lambda: wire.read(
-            microbatch, body, vocabulary=self.shape.vocabulary, hidden=self.shape.hidden
+            microbatch, body, vocabulary=self.shape.vocabulary, hidden=self.shape.hidden, device=self._compute.device
         ))
 
     def on_working(self, sender: str, working: Working) -> None:
@@ -282,7 +282,7 @@ class Chain:
 
             def backward() -> bytes:
                 gradient = self._compute.backward(
-                    asked.key, wire.decode_values(came, shape, self._back_bits)
+                    asked.key, wire.decode_values(came, shape, self._back_bits, device=self._compute.device)
                 )
                 return b"" if gradient is None else wire.encode_values(gradient, asked.back_bits)
 

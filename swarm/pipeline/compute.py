@@ -137,7 +137,7 @@ class StageCompute:
         self._tokens: dict[int, int] = {}
         self._targets: dict[int, int] = {}
         any_parameter = next(iter(parameters.values()))
-        self._device, self._dtype = any_parameter.device, any_parameter.dtype
+        self.device, self._dtype = any_parameter.device, any_parameter.dtype
         self.pieces = Pieces()
 
     @property
@@ -151,7 +151,7 @@ class StageCompute:
         self, key: Hashable, values: torch.Tensor, *, start: int, end: int, tokens: int, keep: bool = True,
         segments: Segments | None = None,
     ) -> torch.Tensor:
-        """Hidden states [sequences, length, hidden] after fragments [start, end), fp32 on the CPU.
+        """Hidden states [sequences, length, hidden] after fragments [start, end), fp32 on the stage's device.
 
         `values`: token ids [sequences, length] at fragment 0, else hidden states. `keep`: there will be a backward.
         `segments`: of each sequence; None: each is a causal one.
@@ -163,9 +163,9 @@ class StageCompute:
             if keep and len(parts) == 1:
                 graph.entered = _leaf(graph.entered, graph)
                 graph.left = self._run(graph, parts[0], graph.entered, learns=True)
-                return graph.left.detach().to("cpu", torch.float32)
+                return graph.left.detach().to(torch.float32)
             left = (self._run(graph, span, graph.entered[span], learns=keep, grad=False) for span in parts)
-            return torch.cat([piece.to("cpu", torch.float32) for piece in left])
+            return torch.cat([piece.to(torch.float32) for piece in left])
 
         found = self.pieces.as_it_fits(len(values), compute)
         if keep:
@@ -177,7 +177,7 @@ class StageCompute:
         self, key: Hashable, values: torch.Tensor, ids: torch.Tensor, *, start: int, end: int, keep: bool = True,
         segments: Segments | None = None,
     ) -> tuple[float, torch.Tensor | None]:
-        """(mean loss in nats a target, gradient of what came in, fp32 on the CPU): the last stage's forward and
+        """(mean loss in nats a target, gradient of what came in, fp32 on the stage's device): the last stage's forward and
         backward at once. `ids`: the microbatch's token ids [sequences, length]; `segments` say which are targets. The
         gradient is None at fragment 0 and without `keep`. A loss over no target is 0."""
         graph = self._graph(start, end, values, targets_of(ids, segments), segments, tokens=ids.numel())
@@ -210,7 +210,7 @@ class StageCompute:
         return self.pieces.as_it_fits(len(values), compute)
 
     def backward(self, key: Hashable, gradient: torch.Tensor) -> torch.Tensor | None:
-        """The gradient of what came in [sequences, length, hidden], fp32 on the CPU; None at fragment 0. `gradient`:
+        """The gradient of what came in [sequences, length, hidden], fp32 on the stage's device; None at fragment 0. `gradient`:
         of what `forward` returned. The weights' own gradients wait for a verdict."""
         graph = self._graphs.pop(key)
         found = self._back(key, graph, gradient)
@@ -283,14 +283,14 @@ class StageCompute:
         if len(blocks) < end - start or blocks[0][0] < self._stage.start or blocks[-1][1] > self._stage.end:
             raise PeerRefused(f"fragments {start}:{end} are not served here any more")
         return _Graph(
-            fragments, self._here(values), None if targets is None else targets.to(self._device),
+            fragments, self._here(values), None if targets is None else targets.to(self.device),
             segments, self._current(), tokens,
         )
 
     def _back(self, key: Hashable, graph: _Graph, gradient: torch.Tensor | None) -> _Found:
         """Backward of a microbatch, which is `key`'s from now on. `gradient`: of what left; None: that was the loss."""
         if gradient is not None:
-            gradient = gradient.to(self._device)
+            gradient = gradient.to(self.device)
 
         def compute(at_once: int) -> _Found:
             found, (left, graph.left) = _Found(), (graph.left, None)  # after a failure it is of no use any more
@@ -302,7 +302,7 @@ class StageCompute:
                 left = self._run(graph, span, entered, learns=True)
                 if gradient is None:
                     of_all = graph.share(span)
-                    self._add(found, graph, entered, left, torch.tensor(of_all, device=self._device))
+                    self._add(found, graph, entered, left, torch.tensor(of_all, device=self.device))
                     found.loss += float(left.detach()) * of_all
                 else:
                     self._add(found, graph, entered, left, gradient[span])
@@ -326,7 +326,7 @@ class StageCompute:
             gradient = gradient.to(left.dtype)
         gradients = list(torch.autograd.grad(left, inputs, gradient, allow_unused=True))
         if not graph.begins:
-            found.entered.append(gradients.pop(0).to("cpu", torch.float32))
+            found.entered.append(gradients.pop(0).to(torch.float32))
         for fragment in graph.fragments:
             found.gradients.setdefault(fragment, {})
         for (fragment, name), values in zip(names, gradients, strict=True):
@@ -343,7 +343,7 @@ class StageCompute:
         how: dict[str, Any] = {"start": held[0].blocks[0], "end": held[-1].blocks[1]}
         inside = {f"model.{name}": leaf for name, leaf in graph.weights.leaves.items()}
         if graph.segments is not None:
-            how |= attention(graph.segments[span], dtype=self._dtype, device=self._device)
+            how |= attention(graph.segments[span], dtype=self._dtype, device=self.device)
         with torch.set_grad_enabled(grad), _dropout(stage, learns):
             left: torch.Tensor = functional_call(stage, inside, (entered,), how)
             if graph.targets is None:
@@ -352,7 +352,7 @@ class StageCompute:
 
     def _here(self, values: torch.Tensor) -> torch.Tensor:
         """On the stage's device, hidden states in its weights' type."""
-        return values.to(self._device, self._dtype if values.is_floating_point() else values.dtype)
+        return values.to(self.device, self._dtype if values.is_floating_point() else values.dtype)
 
     def _current(self) -> _Weights:
         if self._weights is None:

@@ -19,7 +19,7 @@ from swarm.config import RunConfig
 from swarm.data.batch import Batch, Segment
 from swarm.errors import BadMessage
 from swarm.network import codec
-from swarm.network.codec import BLOCK
+from swarm.network.codec import BLOCK, CPU
 from swarm.pipeline.messages import Bits, Microbatch
 
 WIDE_VOCABULARY = 2**16
@@ -82,16 +82,16 @@ def tokens_bytes(shape: tuple[int, int], *, vocabulary: int) -> int:
 
 
 def encode_values(values: torch.Tensor, bits: int) -> bytes:
-    """`values`: fp32 of any shape, on the CPU. Raises PeerRefused where one is not finite."""
+    """`values`: fp32 of any shape, on any device. Raises PeerRefused where one is not finite."""
     flat = values.detach().reshape(-1)
     rest = -len(flat) % BLOCK
     return codec.encode(torch.cat([flat, flat.new_zeros(rest)]) if rest else flat, 0, bits)
 
 
-def decode_values(data: bytes, shape: tuple[int, ...], bits: int) -> torch.Tensor:
-    """fp32 of this shape. Raises BadMessage on a wrong size, or on what is no number."""
+def decode_values(data: bytes, shape: tuple[int, ...], bits: int, *, device: torch.device = CPU) -> torch.Tensor:
+    """fp32 of this shape, on `device`. Raises BadMessage on a wrong size, or on what is no number."""
     numel = torch.Size(shape).numel()
-    return codec.decode(data, -(-numel // BLOCK), 0, bits)[:numel].view(shape)
+    return codec.decode(data, -(-numel // BLOCK), 0, bits, device=device)[:numel].view(shape)
 
 
 def values_bytes(shape: tuple[int, ...], bits: int) -> int:
@@ -99,16 +99,16 @@ def values_bytes(shape: tuple[int, ...], bits: int) -> int:
 
 
 def read(
-    microbatch: Microbatch, body: bytes, *, vocabulary: int, hidden: int
+    microbatch: Microbatch, body: bytes, *, vocabulary: int, hidden: int, device: torch.device = CPU
 ) -> tuple[Batch, torch.Tensor | None]:
-    """(what it is, hidden states; None at fragment 0) of a request. Raises BadMessage."""
+    """(what it is, hidden states on `device`; None at fragment 0) of a request. Raises BadMessage."""
     size = (microbatch.sequences, microbatch.length)
     ids = microbatch.segments * SEGMENT_BYTES
     values = ids + tokens_bytes(size, vocabulary=vocabulary)
     tokens = decode_tokens(body[ids:values], size, vocabulary=vocabulary)
     batch = Batch(tokens, decode_segments(body[:ids], size) if ids else None)
     if microbatch.start:
-        return batch, decode_values(body[values:], (*size, hidden), microbatch.bits)
+        return batch, decode_values(body[values:], (*size, hidden), microbatch.bits, device=device)
     if len(body) > values:
         raise BadMessage("hidden states before the first fragment")
     return batch, None

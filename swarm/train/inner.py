@@ -41,9 +41,10 @@ class InnerOptimizer(Optimizers):
             except torch.OutOfMemoryError:
                 if self._microbatch == 1:
                     raise
-                self._microbatch = max(1, self._microbatch // 2)
-                self._warn(f"out of memory: going on with microbatches of {self._microbatch} sequences")
-                torch.cuda.empty_cache()
+            # not above: the exception holds on to what the attempt had in memory
+            self._microbatch = max(1, self._microbatch // 2)
+            torch.cuda.empty_cache()
+            self._warn(f"out of memory: going on with microbatches of {self._microbatch} sequences")
 
     def _gradients(self, batch: Batch) -> float:
         self.zero_grad()
