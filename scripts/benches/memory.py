@@ -88,12 +88,13 @@ def document(options: argparse.Namespace) -> dict[str, Any]:
     """The run config: a round of each fragment after each two steps."""
     heads = max(1, options.width // (GPTJ_HEAD if options.width >= GPTJ_WIDTH else HEAD))
     model = {
-        "model_type": "gptj", "n_layer": options.blocks, "n_embd": options.width, "n_head": heads,
-        "rotary_dim": 32, "n_positions": options.sequence, "vocab_size": options.vocabulary, "bos_token_id": 256, "eos_token_id": 256,
+        "model_type": "gptj", "n_layer": options.blocks, "n_embd": options.width, "n_head": heads, "rotary_dim": 32,
+        "n_positions": options.sequence, "vocab_size": options.vocabulary, "bos_token_id": 256, "eos_token_id": 256,
         "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0,
     }  # fmt: skip
     return {
-        "name": "memory", "model": {"config": model} | ({"lora": {"rank": 16}} if options.lora else {}), "data": {"stdlib": True}, "fragments": options.blocks,
+        "name": "memory", "model": {"config": model} | ({"lora": {"rank": 16}} if options.lora else {}),
+        "data": {"stdlib": True}, "fragments": options.blocks,
         "train": {"sequence_length": options.sequence, "batch_sequences": 1, "learning_rate": 1e-4,
                   "total_tokens": 10**9},
         "averaging": {"tokens_per_round": 2 * options.sequence, "max_round_s": 3600.0, "outer_learning_rate": 1.0,
@@ -168,8 +169,8 @@ def _train(swarm: LocalSwarm, file: Path, run: RunConfig, options: argparse.Name
         {
             "fragments": f"{first}:{end}",
             "peak_bytes": peaks[peer.number], "gpu_peak_bytes": gpu_peaks[peer.number],
-            "tokens_per_s": round(speed(stepped), 1), "tokens": peer.last("progress", "tokens"), "rounds": len(peer.digests),
-            "loss": peer.last("progress", "loss"), "seconds": round(seconds, 1),
+            "tokens_per_s": round(speed(stepped), 1), "tokens": peer.last("progress", "tokens"),
+            "rounds": len(peer.digests), "loss": peer.last("progress", "loss"), "seconds": round(seconds, 1),
         } for peer, (first, end) in zip(swarm.peers, parts, strict=True)
     ]  # fmt: skip
 
@@ -189,7 +190,7 @@ def peak_bytes(pid: int) -> int:
 
 
 def gpu_bytes() -> dict[int, int]:
-    """pid -> bytes of GPU memory, of all processes that compute there. Raises SwarmError where nvidia-smi does not say."""
+    """pid -> bytes of GPU memory, of all that compute there. Raises SwarmError where nvidia-smi does not say."""
     words = ["nvidia-smi", "--query-compute-apps=pid,used_memory", "--format=csv,noheader,nounits"]
     try:
         told = subprocess.run(words, capture_output=True, text=True, check=True).stdout

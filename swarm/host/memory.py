@@ -22,6 +22,10 @@ PROGRAM_BYTES = 750_000_000
 """Python, torch, transformers, datasets, hivemind: 490 MB after the imports; 750 MB with the text"""
 EIGHT_BIT_BYTES = 70_000_000
 """bitsandbytes, where it is used"""
+CUDA_BYTES = 850_000_000
+"""of main memory, where a GPU is used: CUDA's libraries and driver (1.4 to 1.6 GB for a peer that takes 0.5 to 0.7 on
+the CPU; torch 2.11, CUDA 13). Of the GPU's own memory they take some 0.8 GB on an H200, which are gone already when
+free memory is looked up"""
 VALUES_PER_HIDDEN = 50
 """values that a block keeps for its backward, a token and hidden unit: gpt_neox 18, opt 22, gptj 26, gpt2 28,
 llama 33, qwen3 49 (it normalises its heads) without dropout; in bfloat16 some of them stay fp32, within the same
@@ -180,8 +184,9 @@ def _training(size: PartSize, work: Work) -> list[Row]:
     old = 2 * size.largest_fragment if k == 1 else n * -(-k // work.pieces)
     many = f"{k} x {work.microbatch_sequences} x {work.sequence_length} tokens"
     kept, again = activations(size, work)
+    program_bytes = PROGRAM_BYTES + (EIGHT_BIT_BYTES if eight else 0) + (CUDA_BYTES if gpu else 0)
     return [
-        Row("program", PROGRAM_BYTES + (EIGHT_BIT_BYTES if eight else 0), False, shared=True),
+        Row("program", program_bytes, False, shared=True),
         Row(f"weights ({format_count(n)} parameters" + (", bfloat16 and 8 further bits)" if work.halved else ")"),
             n * (BF16 + REST if work.halved else FP32), gpu),
         Row("frozen base", size.base_bytes + size.base_values * value, gpu),

@@ -177,9 +177,9 @@ class StageCompute:
         self, key: Hashable, values: torch.Tensor, ids: torch.Tensor, *, start: int, end: int, keep: bool = True,
         segments: Segments | None = None,
     ) -> tuple[float, torch.Tensor | None]:
-        """(mean loss in nats a target, gradient of what came in, fp32 on the stage's device): the last stage's forward and
-        backward at once. `ids`: the microbatch's token ids [sequences, length]; `segments` say which are targets. The
-        gradient is None at fragment 0 and without `keep`. A loss over no target is 0."""
+        """(mean loss in nats a target, gradient of what came in, fp32 on the stage's device): the last stage's forward
+        and backward at once. `ids`: the microbatch's token ids [sequences, length]; `segments` say which are targets.
+        The gradient is None at fragment 0 and without `keep`. A loss over no target is 0."""
         graph = self._graph(start, end, values, targets_of(ids, segments), segments, tokens=ids.numel())
         if keep:
             graph.weights.users += 1
@@ -210,8 +210,8 @@ class StageCompute:
         return self.pieces.as_it_fits(len(values), compute)
 
     def backward(self, key: Hashable, gradient: torch.Tensor) -> torch.Tensor | None:
-        """The gradient of what came in [sequences, length, hidden], fp32 on the stage's device; None at fragment 0. `gradient`:
-        of what `forward` returned. The weights' own gradients wait for a verdict."""
+        """The gradient of what came in [sequences, length, hidden], fp32 on the stage's device; None at fragment 0.
+        `gradient`: of what `forward` returned. The weights' own gradients wait for a verdict."""
         graph = self._graphs.pop(key)
         found = self._back(key, graph, gradient)
         return None if graph.begins else torch.cat(found.entered)
