@@ -1,4 +1,4 @@
-"""Lines as people say them and as topologies have them; what is nonsense, and that the lab reads the same files alike."""
+"""Lines as people say them and as topologies have them; nonsense; and that the lab reads the same files alike."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def test_any_line_of_three_numbers_is_read(up: int, down: int, milliseconds: int
 
 
 @pytest.mark.parametrize("text", [
-    "", "20", "20/100", "20/100/30", "-20/100/30ms", "20/-100/30ms", "0/100/30ms", "20/0/30ms", "a/b/30ms", "20/100/fast",
-    "20/100/-30ms", "1e9/100/30ms", "20/100/30ms/5", "nan/100/30ms", "inf/100/30ms", "20/100/90s", "2000000/1/1ms",
+    "", "20", "20/100", "20/100/30", "-20/100/30ms", "20/-100/30ms", "0/100/30ms", "20/0/30ms", "a/b/30ms",
+    "20/100/fast", "20/100/-30ms", "1e9/100/30ms", "20/100/30ms/5", "nan/100/30ms", "inf/100/30ms", "20/100/90s", "2000000/1/1ms",
 ])  # fmt: skip
 def test_nonsense_for_a_line_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="cannot be understood") as caught:
@@ -64,7 +64,8 @@ def test_the_ready_made_ones_are_the_labs() -> None:
 
 
 def test_what_a_plan_does_not_need_is_passed_over() -> None:
-    lines = parse_topology({"hosts": {**TWO, "c": None}, "pairs": [{"between": ["c", "a"], "rate": "5mbit"}], "seed": 3})
+    pairs = [{"between": ["c", "a"], "rate": "5mbit"}]
+    lines = parse_topology({"hosts": {**TWO, "c": None}, "pairs": pairs, "seed": 3})
     a, b, c = lines.lines
     assert a == Line("a", 20e6, 0.0, 0.005) and c == Line("c")
     assert lines.latency_s(a, b) == pytest.approx(0.0125) and lines.latency_s(a, c) == pytest.approx(0.015)
