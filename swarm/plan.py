@@ -247,7 +247,7 @@ def foretold(
         },
         "rounds": [{"seconds": one.total_s, **dataclasses.asdict(one)} for one in seen.rounds],
         "round_s": longest.total_s, "sending_s": longest.sending_s, "wire_bytes": longest.wire_bytes,
-        "due_s": seen.due_s, "period_s": seen.period_s, "num_rounds": seen.num_rounds,
+        "due_s": seen.due_s, "wanted_s": seen.wanted_s, "period_s": seen.period_s, "num_rounds": seen.num_rounds,
         "opened_by_time": seen.opened_by_time, "round_share": seen.round_share, "core_share": seen.core_share,
         "hidden": seen.hidden, "sent_bytes": seen.sent_bytes, "seconds": seen.seconds, "kwh": seen.kwh,
         "electricity": seen.price(per_kwh=options.price_kwh), "rent": seen.price(per_hour=options.price_gpu_hour),

@@ -55,7 +55,7 @@ class Pair:
 @dataclass(frozen=True)
 class Lines:
     lines: tuple[Line, ...]
-    paths: tuple[Pair, ...] = ()
+    pairs: tuple[Pair, ...] = ()
     name: str = ""
 
     def __len__(self) -> int:
@@ -63,12 +63,12 @@ class Lines:
 
     def latency_s(self, a: Line, b: Line) -> float:
         """One way."""
-        special = self._path(a, b).latency_s
+        special = self._pair(a, b).latency_s
         return a.latency_s + b.latency_s if special is None else special
 
     def bits_per_s(self, a: Line, b: Line) -> float:
         """Of the path between them; 0: unlimited."""
-        return self._path(a, b).bits_per_s
+        return self._pair(a, b).bits_per_s
 
     def first(self, count: int) -> Lines:
         """The first so many. One line alone stands for as many like it. Raises ConfigError where there are too few."""
@@ -82,8 +82,8 @@ class Lines:
             )
         return replace(self, lines=self.lines[:count])
 
-    def _path(self, a: Line, b: Line) -> Pair:
-        return next((path for path in self.paths if {*path.between} == {a.name, b.name}), Pair((a.name, b.name)))
+    def _pair(self, a: Line, b: Line) -> Pair:
+        return next((pair for pair in self.pairs if {*pair.between} == {a.name, b.name}), Pair((a.name, b.name)))
 
 
 def parse_line(text: str) -> Line:

@@ -73,10 +73,12 @@ class Outlook:
     """of each fragment"""
     due_s: float
     """until a fragment has the tokens of a round"""
+    wanted_s: float
+    """until a round is opened: `due_s`, or `max_round_s`"""
     period_s: float
-    """from one round of a fragment to the next, as it comes to be"""
+    """from one round of a fragment to the next, as it comes to be: no less than what rounds take"""
     round_share: float
-    """of the time that rounds of a machine's fragments send, the busiest machine's; over 1 they lag"""
+    """of the time, in which rounds of a machine's fragments would have to send, the busiest machine's"""
     core_share: float
     """of one core, for the arithmetic of rounds, likewise"""
     num_rounds: int
@@ -92,13 +94,13 @@ class Outlook:
 
     @property
     def hidden(self) -> bool:
-        """Do all rounds fit between the next ones, beside training?"""
-        return self.round_share <= 1 and self.core_share <= 1
+        """Are rounds through before the next ones are wanted?"""
+        return self.period_s <= self.wanted_s
 
     @property
     def opened_by_time(self) -> bool:
         """Does `max_round_s` open rounds before their tokens are there?"""
-        return self.period_s < self.due_s
+        return self.wanted_s < self.due_s and self.period_s < self.due_s
 
     def price(self, *, per_kwh: float = 0.0, per_hour: float = 0.0) -> float:
         """`per_hour`: of one machine."""
@@ -134,8 +136,8 @@ def outlook(
     speed = _fixed_point(lambda rate: sum(chain.tokens_per_s for chain in chains_at(rate)))
     chains, due = chains_at(speed), due_s(speed)
     seconds, wanted_s = costs.total_tokens / speed, min(due, averaging.max_round_s)
-    period_s = max(wanted_s, sending_s, cpu_s)
-    num_rounds = math.ceil(seconds / period_s)
+    period_s = max(wanted_s, sending_s, cpu_s, *(one.total_s for one in rounds))
+    num_rounds = math.ceil(seconds / period_s - 1e-6)
     sent = max(
         num_rounds * sum(one.wire_bytes for one in rounds[slice(*stage.part)])
         + stage.sent_bytes * costs.total_tokens * max(chain.tokens_per_s for chain in chains) / speed
@@ -143,7 +145,8 @@ def outlook(
     )
     machines = len(stages) * len(lines)
     return Outlook(
-        machines, chains, rounds, due, period_s, sending_s / wanted_s, cpu_s / wanted_s, num_rounds, sent, seconds,
+        machines, chains, rounds, due_s=due, wanted_s=wanted_s, period_s=period_s, round_share=sending_s / wanted_s,
+        core_share=cpu_s / wanted_s, num_rounds=num_rounds, sent_bytes=sent, seconds=seconds,
         kwh=machines * computer.watts * seconds / KWH_JOULES,
     )
 
