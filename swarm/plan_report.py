@@ -93,11 +93,12 @@ def _rounds(outlook: dict[str, Any]) -> list[str]:
 
 
 def _cost(outlook: dict[str, Any], prices: dict[str, float]) -> str:
-    money = f", {outlook['electricity']:,.0f} at {prices['kwh']:g} a kWh"
-    rent = f", {outlook['rent']:,.0f} for rent at {prices['gpu_hour']:g} a GPU-hour" if prices["gpu_hour"] else ""
+    seconds = outlook["seconds"]
+    lasts = format_seconds(seconds) if seconds < 2 * DAY_S else f"{seconds / DAY_S:,.1f} days"
+    rent = f", {_sum(outlook['rent'])} for rent at {prices['gpu_hour']:g} a GPU-hour" if prices["gpu_hour"] else ""
     return (
-        f"{outlook['seconds'] / DAY_S:,.1f} days; a machine sends {format_bytes(outlook['sent_bytes'])}; "
-        f"{outlook['kwh']:,.0f} kWh{money}{rent}"
+        f"{lasts}; a machine sends {format_bytes(outlook['sent_bytes'])}; {_sum(outlook['kwh'])} kWh, "
+        f"{_sum(outlook['electricity'])} at {prices['kwh']:g} a kWh{rent}"
     )
 
 
@@ -147,6 +148,10 @@ def _listed(fragments: list[int]) -> str:
 
 def _rate(tokens_per_s: float) -> str:
     return f"{tokens_per_s:.2g}" if tokens_per_s < 10 else f"{tokens_per_s:,.0f}"
+
+
+def _sum(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.2g}"
 
 
 def _time(seconds: float) -> str:

@@ -78,7 +78,7 @@ class Outlook:
     period_s: float
     """from one round of a fragment to the next, as it comes to be: no less than what rounds take"""
     round_share: float
-    """of the time, in which rounds of a machine's fragments would have to send, the busiest machine's"""
+    """of the time, in which rounds of a machine's fragments fill the slowest line, the busiest machine's"""
     core_share: float
     """of one core, for the arithmetic of rounds, likewise"""
     num_rounds: int
@@ -117,14 +117,14 @@ def outlook(
         for size, values in zip(costs.round_bytes, costs.round_values, strict=True)
     )
     stages = [stage_of(costs, place, computer) for place in places]
-    sending_s = max(sum(one.sending_s for one in rounds[slice(*stage.part)]) for stage in stages)
+    line_s = max(sum(one.line_s for one in rounds[slice(*stage.part)]) for stage in stages)
     cpu_s = max(sum(one.cpu_s for one in rounds[slice(*stage.part)]) for stage in stages)
 
     def due_s(tokens_per_s: float) -> float:
         return averaging.tokens_per_round / tokens_per_s
 
     def chains_at(tokens_per_s: float) -> tuple[Chain, ...]:
-        share = sending_s / min(due_s(tokens_per_s), averaging.max_round_s)
+        share = line_s / min(due_s(tokens_per_s), averaging.max_round_s)
         free = 1 - min(share, MOST_FOR_ROUNDS)
         return tuple(
             chain_of(
@@ -136,7 +136,7 @@ def outlook(
     speed = _fixed_point(lambda rate: sum(chain.tokens_per_s for chain in chains_at(rate)))
     chains, due = chains_at(speed), due_s(speed)
     seconds, wanted_s = costs.total_tokens / speed, min(due, averaging.max_round_s)
-    period_s = max(wanted_s, sending_s, cpu_s, *(one.total_s for one in rounds))
+    period_s = max(wanted_s, line_s, cpu_s, *(one.total_s for one in rounds))
     num_rounds = math.ceil(seconds / period_s - 1e-6)
     sent = max(
         num_rounds * sum(one.wire_bytes for one in rounds[slice(*stage.part)])
@@ -145,7 +145,7 @@ def outlook(
     )
     machines = len(stages) * len(lines)
     return Outlook(
-        machines, chains, rounds, due_s=due, wanted_s=wanted_s, period_s=period_s, round_share=sending_s / wanted_s,
+        machines, chains, rounds, due_s=due, wanted_s=wanted_s, period_s=period_s, round_share=line_s / wanted_s,
         core_share=cpu_s / wanted_s, num_rounds=num_rounds, sent_bytes=sent, seconds=seconds,
         kwh=machines * computer.watts * seconds / KWH_JOULES,
     )

@@ -42,6 +42,8 @@ class RoundTime:
 
     legs_s: float
     sending_s: float
+    line_s: float
+    """in which the slowest line is full: `sending_s` without TCP's start, beside which others have room"""
     arithmetic_s: float
     """that no sending hides"""
     wire_bytes: float
@@ -64,14 +66,16 @@ def round_time(
     after = (DECODE_NS + APPLY_NS + BUFFER_NS * buffers) * slow
     cpu_s = (before + after) * min(1.0, cores)
     if count < 2:
-        return RoundTime(0.0, 0.0, before + after, 0.0, cpu_s)
+        return RoundTime(0.0, 0.0, 0.0, before + after, 0.0, cpu_s)
     pieces = pieces_of(num_values, count)
     exposed = (CONTRIBUTE_NS + (ENCODE_NS + REDUCE_NS) / pieces) * slow
     hidden = before - exposed
     each = TCP_OVER_PAYLOAD * 2 * round_bytes / count
-    sending_s = max(_sending_times(lines, each))
+    loads = _loads(lines, each)
+    sending_s = max(send_s(size, rate, rtt_s=rtt_s, connections=others) for size, rate, rtt_s, others in loads)
+    line_s = max(size / rate for size, rate, _, _ in loads)
     legs_s = LEGS * max(lines.latency_s(a, b) for a, b in _pairs(lines))
-    return RoundTime(legs_s, max(sending_s, hidden), exposed + after, each * (count - 1), cpu_s)
+    return RoundTime(legs_s, max(sending_s, hidden), line_s, exposed + after, each * (count - 1), cpu_s)
 
 
 def pieces_of(num_values: int, count: int) -> int:
@@ -81,9 +85,8 @@ def pieces_of(num_values: int, count: int) -> int:
     return max(1, len(parts) // min(count, num_blocks))
 
 
-def send_s(size: float, bytes_per_s: float, *, rtt_s: float, connections: int = 1) -> float:
-    """Seconds until `size` bytes have left over so many connections that were silent before. 0 bytes/s: unlimited."""
-    rate = bytes_per_s or math.inf
+def send_s(size: float, rate: float, *, rtt_s: float, connections: int = 1) -> float:
+    """Seconds until `size` bytes have left at `rate` bytes/s, over so many connections that were silent before."""
     if rtt_s <= 0:
         return size / rate
     most = min(rate * rtt_s, connections * MAX_UNDER_WAY_BYTES)
@@ -95,16 +98,17 @@ def send_s(size: float, bytes_per_s: float, *, rtt_s: float, connections: int = 
     return seconds + size / (most / rtt_s)
 
 
-def _sending_times(lines: Lines, each: float) -> list[float]:
-    """Of every line, up and down, and of every path. `each`: bytes from any member to any other."""
+def _loads(lines: Lines, each: float) -> list[tuple[float, float, float, int]]:
+    """(bytes, bytes/s, seconds there and back, connections) of every line, up and down, and of every path. `each`:
+    bytes from any member to any other."""
     others = len(lines) - 1
     found = []
     for line in lines.lines:
         rtt_s = 2 * max(lines.latency_s(line, other) for other in lines.lines if other is not line)
         for bits_per_s in (line.up_bits_per_s, line.down_bits_per_s):
-            found.append(send_s(each * others, SHARE * bits_per_s / 8, rtt_s=rtt_s, connections=others))
+            found.append((each * others, SHARE * (bits_per_s or math.inf) / 8, rtt_s, others))
     for a, b in _pairs(lines):
-        found.append(send_s(each, SHARE * lines.bits_per_s(a, b) / 8, rtt_s=2 * lines.latency_s(a, b)))
+        found.append((each, SHARE * (lines.bits_per_s(a, b) or math.inf) / 8, 2 * lines.latency_s(a, b), 1))
     return found
 
 

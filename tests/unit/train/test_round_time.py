@@ -50,13 +50,13 @@ def test_tcp_doubles_until_the_line_is_full() -> None:
 
 
 def test_more_connections_begin_with_more() -> None:
-    one, three = (send_s(1e6, 0.0, rtt_s=0.1, connections=count) for count in (1, 3))
+    one, three = (send_s(1e6, math.inf, rtt_s=0.1, connections=count) for count in (1, 3))
     assert three < one
-    assert send_s(1e6, 1e6, rtt_s=0.0) == 1 and send_s(1e6, 0.0, rtt_s=0.0) == 0
+    assert send_s(1e6, 1e6, rtt_s=0.0) == 1 and send_s(1e6, math.inf, rtt_s=0.0) == 0
 
 
 def test_one_connection_has_so_much_under_way_at_most() -> None:
-    seconds = send_s(1e9, 0.0, rtt_s=0.1)
+    seconds = send_s(1e9, math.inf, rtt_s=0.1)
     assert 1e9 / seconds == pytest.approx(MAX_UNDER_WAY_BYTES / 0.1, rel=0.05)
 
 
@@ -74,7 +74,7 @@ def test_a_round_by_hand_on_lines_without_delay() -> None:
     lines = Lines((Line("a", 8e6, 8e6, 0.0), Line("b", 8e6, 8e6, 0.0)))
     found = round_time(lines, round_bytes=1_000_000, num_values=256)
     assert found.wire_bytes == pytest.approx(TCP_OVER_PAYLOAD * 1e6), "half to the other, and half of the result"
-    assert found.sending_s == pytest.approx(TCP_OVER_PAYLOAD / SHARE) and found.legs_s == 0
+    assert found.sending_s == found.line_s == pytest.approx(TCP_OVER_PAYLOAD / SHARE) and found.legs_s == 0
     assert 0 < found.arithmetic_s < 1e-4
 
 
@@ -94,8 +94,15 @@ def test_the_slowest_line_up_or_down_and_the_slowest_path_count() -> None:
 
 def test_alone_there_is_arithmetic_only() -> None:
     found = round_time(Lines((parse_line("20/100/30ms"),)), round_bytes=10**6, num_values=10**6)
-    assert found.legs_s == found.sending_s == found.wire_bytes == 0
+    assert found.legs_s == found.sending_s == found.line_s == found.wire_bytes == 0
     assert found.total_s == pytest.approx(found.cpu_s) and found.cpu_s > 0.01
+
+
+def test_while_tcp_starts_others_have_room() -> None:
+    found = round_time(read_topology("home-100"), round_bytes=300_000, num_values=600_000)
+    assert found.line_s == pytest.approx(found.wire_bytes * 8 / (SHARE * 100e6)) and found.line_s < found.sending_s / 3
+    unlimited = Lines((Line("a"), Line("b")))
+    assert round_time(unlimited, round_bytes=300_000, num_values=600_000).line_s == 0
 
 
 def test_half_a_core_takes_twice_as_long_and_costs_as_much() -> None:
