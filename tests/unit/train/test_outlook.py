@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from swarm.config import AveragingConfig, DataConfig, ModelConfig, RunConfig, TrainConfig
 from swarm.host.memory import PROGRAM_BYTES
 from swarm.train.hardware import Computer
-from swarm.train.lines import Line, Lines, parse_line
+from swarm.train.lines import Line, Lines, parse_line, read_topology
 from swarm.train.need import Costs, Machine, costs_of, need_of
 from swarm.train.outlook import (
     COMPUTING,
@@ -170,3 +170,17 @@ def test_no_swarm_is_faster_than_its_machines_and_all_figures_are_finite(
     assert found.num_rounds >= 1 and found.machines == 2 * count
     better = seen(costs, parts, replace(lines, lines=tuple(replace(line, latency_s=0.0) for line in lines.lines)))
     assert better.chains[0].memory >= found.chains[0].memory * 0.49, "rounds may take half of the line from one of them"
+
+
+@pytest.mark.parametrize("measured", [4_114, 4_610])
+def test_the_chain_that_was_measured_on_home_100_is_foretold(measured: int) -> None:
+    """README, a model in stages: four stages, 150 ms a turn of 1,024 tokens, 1,024 hidden values in int8, 13 under
+    way."""
+    on, back = (TCP_OVER_PAYLOAD * (1024 * (1 + 2 / 256) + ids) for ids in (2, 0))
+    stages = [
+        Stage((index, index + 1), 1024 / 0.15, on * (index < 3) + back * (index > 0), 0.0, 13) for index in range(4)
+    ]
+    stages = [replace(stage, received_bytes=stage.sent_bytes) for stage in stages]
+    [line] = read_topology("home-100").first(1).lines
+    chain = chain_of(stages, line, free=1.0, microbatch_tokens=1024, crossing_bytes=on + back)
+    assert chain.bound_by == LINE and chain.tokens_per_s == pytest.approx(measured, rel=0.15)
