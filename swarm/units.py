@@ -9,6 +9,7 @@ from __future__ import annotations
 import ipaddress
 import math
 import re
+from collections.abc import Mapping
 
 _BYTE_UNITS = {
     "": 1, "b": 1,
@@ -16,6 +17,9 @@ _BYTE_UNITS = {
     "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40,
 }  # fmt: skip
 _COUNT_UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
+RATE_UNITS = {"bit": 1.0, "kbit": 1e3, "mbit": 1e6, "gbit": 1e9}
+TIME_UNITS = {"s": 1.0, "ms": 1e-3, "us": 1e-6}
+"""for `parse_quantity`"""
 _PEER_ID = r"[1-9A-HJ-NP-Za-km-z]{32,64}"  # base58, as libp2p writes it
 _NUMBER = re.compile(r"\s*([0-9][0-9_]*(?:\.[0-9]+)?(?:[eE][+]?[0-9]{1,2})?)\s*([A-Za-z]*)\s*")
 
@@ -29,6 +33,17 @@ def parse_count(text: str) -> int:
     """ "20M" -> 20000000, "1.5k" -> 1500, "-3" -> -3 (whoever asks decides whether that makes sense)."""
     sign = -1 if text.strip().startswith("-") else 1
     return sign * _parse(text.strip().removeprefix("-"), _COUNT_UNITS, what="a count", example="500000 or 20M")
+
+
+def parse_quantity(value: object, units: Mapping[str, float], *, example: str) -> float:
+    """ "100mbit" -> 1e8 with RATE_UNITS, "20ms" -> 0.02 with TIME_UNITS; 0 needs no unit. Raises ValueError."""
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?([a-z%]*)", str(value).strip().lower())
+    number = float(match[1]) if match else math.nan
+    if match and match[2] in units:
+        return number * units[match[2]]
+    if match and not match[2] and number == 0:
+        return 0.0
+    raise ValueError(f"cannot read {value!r}: it takes a number and a unit ({', '.join(units)}), such as {example}")
 
 
 def format_bytes(num_bytes: float) -> str:

@@ -2,6 +2,9 @@
 
     bound = bytes that one peer must send / its line + four one-way legs (open, push, result, commit)
 
+Beside it stands what `python -m swarm.plan` would foretell (swarm/train/round_time.py) of peers that share the cores of
+this machine, and measured over foretold.
+
 Each peer sends 2 x (K-1)/K of the encoded fragment: its drift to the owners of the other parts, and the result of its
 own part to the others. A round lasts from its opening until the last peer has applied it. The model is one fragment,
 and the next round opens only a few seconds after the last one. Batches are tiny, so that training stands in the way as
@@ -12,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import os
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +27,13 @@ from benches import table as tables
 from benches.labpeer import DidNotFinish, Peer
 from benches.labrun import LabSwarm
 from benches.systems import SYSTEMS, Setup
+from swarm.averaging import outer
+from swarm.averaging.layout import Layout
 from swarm.config import RunConfig
+from swarm.network import codec
+from swarm.train.lines import Line, Lines
+from swarm.train.lines import Pair as Between
+from swarm.train.round_time import round_time
 
 NAME = "round"
 HELP = "seconds of one round over what the lines allow"
@@ -64,7 +74,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
                     row = one(lab, sized(run, size, bits), own, num_peers=num_peers, rounds=options.rounds)
                     rows.append({"topology": name, "size": size, "bits": bits, "peers": num_peers, **row})
                     what = f"{row['seconds']['median']:.2f} s" if "seconds" in row else row["failure"]
-                    print(f"  {own.name}: {what}, bound {row['bound_s']:.2f} s", flush=True)
+                    limits = f"bound {row['bound_s']:.2f} s, foretold {row['foretold_s']:.2f} s"
+                    print(f"  {own.name}: {what}, {limits}", flush=True)
     return {"rounds": options.rounds, "rows": rows}
 
 
@@ -80,7 +91,8 @@ def sized(run: RunConfig, size: str, bits: int) -> RunConfig:
 def one(lab: Lab, run: RunConfig, folder: Path, *, num_peers: int, rounds: int) -> dict[str, Any]:
     size = encoded_bytes(run)
     bound_s = bound(lab.topology, lab.hosts[:num_peers], size)
-    row: dict[str, Any] = {"encoded_bytes": size, "bound_s": bound_s}
+    expected_s = foretold(lab.topology, lab.hosts[:num_peers], run, cores=(os.cpu_count() or 1) / num_peers)
+    row: dict[str, Any] = {"encoded_bytes": size, "bound_s": bound_s, "foretold_s": expected_s}
     setup = Setup(common.write(run, folder / "bench.yaml"), num_peers, None, folder, run.seed)
     wanted = DROPPED + rounds
     try:
@@ -98,6 +110,7 @@ def one(lab: Lab, run: RunConfig, folder: Path, *, num_peers: int, rounds: int) 
         **row, "seconds": tables.spread([seconds for seconds, _ in found]),
         "opener_seconds": tables.spread([seconds for _, seconds in found]),
         "over_bound": tables.spread([seconds / bound_s for seconds, _ in found]),
+        "over_foretold": tables.spread([seconds / expected_s for seconds, _ in found]),
     }
 
 
@@ -120,13 +133,14 @@ def whole_rounds(peers: list[Peer], num_peers: int) -> list[tuple[float, float]]
 
 def encoded_bytes(run: RunConfig) -> int:
     """Of all fragments, as a round has them on the wire."""
-    from swarm.network import codec
     from swarm.train.run_source import hold
 
-    return sum(
-        codec.encoded_bytes(layout.num_fine_blocks, layout.num_blocks - layout.num_fine_blocks, run.averaging.bits)
-        for layout in hold(run).layouts.values()
-    )
+    return sum(codec_bytes(layout, run) for layout in hold(run).layouts.values())
+
+
+def codec_bytes(layout: Layout, run: RunConfig) -> int:
+    fine = layout.num_fine_blocks
+    return codec.encoded_bytes(fine, layout.num_blocks - fine, run.averaging.bits)
 
 
 def bound(topology: Topology, hosts: list[str], size: int) -> float:
@@ -142,13 +156,39 @@ def bound(topology: Topology, hosts: list[str], size: int) -> float:
     return sending_s + LEGS * max(topology.latency_s(a, b) for a, b in pairs)
 
 
+def foretold(topology: Topology, hosts: list[str], run: RunConfig, *, cores: float) -> float:
+    """Seconds by the plan's arithmetic, of all fragments one after the other; each peer has so many cores."""
+    from swarm.train.run_source import hold
+
+    return sum(
+        round_time(
+            lines_of(topology, hosts), num_values=layout.numel, buffers=outer.num_buffers(run), cores=cores,
+            round_bytes=codec_bytes(layout, run),
+        ).total_s for layout in hold(run).layouts.values()
+    )
+
+
+def lines_of(topology: Topology, hosts: list[str]) -> Lines:
+    """As a plan has them."""
+    return Lines(
+        tuple(
+            Line(host.name, host.up_bits_per_s, host.down_bits_per_s, host.latency_s)
+            for host in topology.hosts if host.name in hosts
+        ),
+        tuple(Between(pair.between, pair.latency_s, pair.bits_per_s) for pair in topology.pairs),
+    )
+
+
 def table(result: dict[str, Any]) -> str:
-    header = ["topology", "parameters", "bits", "peers", "encoded, MB", "bound, s", "one round, s", "times the bound"]
+    header = [
+        "topology", "parameters", "bits", "peers", "encoded, MB", "bound, s", "foretold, s", "one round, s",
+        "times the bound", "times foretold",
+    ]
     rows = [
         [
             row["topology"], row["size"], row["bits"], row["peers"], f"{row['encoded_bytes'] / 1e6:.2f}",
-            f"{row['bound_s']:.2f}", tables.shown(row.get("seconds")) or row["failure"],
-            tables.shown(row.get("over_bound")),
+            f"{row['bound_s']:.2f}", f"{row['foretold_s']:.2f}", tables.shown(row.get("seconds")) or row["failure"],
+            tables.shown(row.get("over_bound")), tables.shown(row.get("over_foretold")),
         ]
         for row in result["rows"]
     ]

@@ -1,13 +1,12 @@
 """What a lab looks like: its hosts, their access links, and the paths between them. Pure: nothing is touched here.
 
-A topology is a YAML file (README.md has the format); the ready-made ones lie in topologies/ and go by their names.
-Rates are written "100mbit", times "20ms", losses "0.1%".
+A topology is a YAML file (README.md has the format); the ready-made ones lie in peers/topologies, where
+`python -m swarm.plan` finds them too, and go by their names. Rates are written "100mbit", times "20ms", losses "0.1%".
 """
 
 from __future__ import annotations
 
 import ipaddress
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -17,14 +16,13 @@ from typing import Any
 import yaml
 
 from swarm.errors import ConfigError
+from swarm.units import RATE_UNITS, TIME_UNITS, parse_quantity
 
-READY_MADE = Path(__file__).parent / "topologies"
+READY_MADE = Path(__file__).resolve().parents[2] / "peers" / "topologies"
 MAX_HOSTS = 64
 """what forwarder.c has room for"""
 NATS = ("", "cone", "symmetric")
 RESERVED = ("forwarder", "localhost")
-RATES = {"bit": 1.0, "kbit": 1e3, "mbit": 1e6, "gbit": 1e9}
-TIMES = {"s": 1.0, "ms": 1e-3, "us": 1e-6}
 LOSSES = {"%": 1e-2}
 SYSCTLS = {
     "net.ipv6.conf.all.disable_ipv6": "1",  # its packets would go nowhere, and its timers make noise
@@ -167,12 +165,12 @@ def from_json(document: dict[str, Any]) -> Topology:
 
 def parse_rate(value: Any) -> float:
     """ "100mbit" -> 1e8 bits a second; 0 is unlimited."""
-    return _quantity(value, RATES, example="100mbit")
+    return _quantity(value, RATE_UNITS, example="100mbit")
 
 
 def parse_time(value: Any) -> float:
     """ "20ms" -> 0.02 seconds."""
-    return _quantity(value, TIMES, example="20ms")
+    return _quantity(value, TIME_UNITS, example="20ms")
 
 
 def parse_loss(value: Any) -> float:
@@ -184,13 +182,11 @@ def parse_loss(value: Any) -> float:
 
 
 def _quantity(value: Any, units: dict[str, float], *, example: str) -> float:
-    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?([a-z%]*)", str(value).strip().lower())
-    number = float(match[1]) if match else math.nan
-    if match and match[2] in units:
-        return number * units[match[2]]
-    if match and not match[2] and number == 0:
-        return 0.0
-    raise ConfigError(f"cannot read {value!r}", do=f"write a number and a unit ({', '.join(units)}), such as {example}")
+    try:
+        return parse_quantity(value, units, example=example)
+    except ValueError:
+        do = f"write a number and a unit ({', '.join(units)}), such as {example}"
+        raise ConfigError(f"cannot read {value!r}", do=do) from None
 
 
 def _settings(value: Any, where: str, known: tuple[str, ...]) -> dict[str, Any]:

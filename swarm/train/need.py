@@ -2,7 +2,8 @@
 
 Memory by the planner that peers use themselves (place.py), with as few peers as a chain of the whole model needs;
 traffic by the arithmetic of the codecs. Pure: a run config and numbers come in, nothing is built, measured or asked.
-What is not counted: heartbeats and DHT (about 2 kB/s), newcomers' downloads, TCP's own bytes (3 %).
+What is not counted: heartbeats and DHT (about 2 kB/s), newcomers' downloads, TCP's own bytes (3 %). Times, speed and
+money: outlook.py.
 """
 
 from __future__ import annotations
@@ -15,11 +16,13 @@ import torch
 
 from swarm.averaging.layout import Layout, layout_of
 from swarm.config import PeerConfig, RunConfig
-from swarm.model.fragments import FragmentSpec, cut
+from swarm.model.build import Model
+from swarm.model.fragments import FragmentSpec, cut, find_blocks
 from swarm.model.skeleton import skeleton
 from swarm.network import codec
 from swarm.pipeline import wire
 from swarm.train.place import Place, Planner, Ways
+from swarm.train.serving import microbatch_sequences
 
 PUBLISHED_DDP_BYTES, PUBLISHED_BYTES = 633e12, 12.7e12
 """GPT-JT's own figures for a machine (Together, 29 November 2022): with data parallelism, and as it was trained"""
@@ -77,6 +80,14 @@ class Costs:
     """that are trained"""
     step_tokens: int
     """of an inner step of one peer"""
+    round_values: tuple[int, ...] = ()
+    """of each fragment, padding included: what arithmetic is done on"""
+    forward_flop: tuple[float, ...] = ()
+    """of a token's way through each fragment"""
+    passes: int = 3
+    """as much work as so many forwards: one, and two back; where a base is frozen, one back"""
+    microbatch_tokens: int = 0
+    """that go down a chain at a time"""
 
 
 def need_of(planner: Planner, machine: Machine) -> Need:
@@ -120,6 +131,9 @@ def costs_of(run: RunConfig) -> Costs:
     length = run.train.sequence_length
     shape = (1, length, config.hidden_size)
     ids = wire.tokens_bytes((1, length), vocabulary=config.vocab_size)
+    lora = run.model.lora is not None
+    plain = skeleton(replace(run, model=replace(run.model, lora=None))) if lora else whole
+    flop = block_flop(plain, length=length)
     return Costs(
         run.train.total_tokens, math.ceil(run.train.total_tokens / run.averaging.tokens_per_round),
         tuple(
@@ -128,7 +142,22 @@ def costs_of(run: RunConfig) -> Costs:
         ),
         (wire.values_bytes(shape, bits) + ids) / length, wire.values_bytes(shape, back_bits) / length,
         sum(layout.num_parameters for layout in layouts), run.train.batch_sequences * length,
+        round_values=tuple(layout.numel for layout in layouts),
+        forward_flop=tuple(sum(flop[slice(*fragment.blocks)]) for fragment in fragments),
+        passes=2 if lora else 3, microbatch_tokens=microbatch_sequences(run) * length,
     )
+
+
+def block_flop(model: Model, *, length: int) -> list[float]:
+    """Of a token's way forward through each block of a model without adapters, in a row of `length`: two for each
+    weight of a matrix, the head's in the last block, and four for each token looked at and hidden unit. Embeddings are
+    looked up. Of a mixture of experts all are counted, which is too much."""
+    config = model.config.get_text_config()
+    attention = 4.0 * length * config.hidden_size
+    return [
+        2.0 * sum(math.prod(tensor.shape) for tensor in block.tensors if not tensor.fine) + attention
+        for block in cut(model, find_blocks(model)[1])
+    ]
 
 
 def traffic_of(costs: Costs, part: tuple[int, int], *, replicas: int) -> Traffic:

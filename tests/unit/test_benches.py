@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 
 from swarm.config import load_run
 from swarm.errors import ConfigError
+from swarm.train.lines import read_topology
 from tests.swarm.support import write_run
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
@@ -274,6 +276,26 @@ def test_a_round_lasts_until_the_last_peer_has_applied_it() -> None:
     opener = life([a_round(10.0, 1, 0.5), a_round(20.0, 2, 0.5), a_round(30.0, 3, 0.5)])
     other = life([a_round(10.1, 1, 0.2), a_round(20.2, 2, 0.1, contributors=1)], number=1)
     assert rounds.whole_rounds([opener, other], 2) == [(pytest.approx(0.6), 0.5)]
+
+
+def test_the_plan_foretells_each_round_from_the_labs_own_lines() -> None:
+    run = rounds.sized(load_run(Path(__file__).parents[2] / "peers" / "runs" / "demo.yaml"), "10M", 4)
+    home, far = load("home-100"), load("gpt-jt")
+    assert rounds.lines_of(home, home.names) == dataclasses.replace(read_topology("home-100"), name="")
+    eight = read_topology("gpt-jt")
+    assert rounds.lines_of(far, far.names[:3]).lines == eight.lines[:3] and len(eight.pairs) == 28
+    alone, shared = (rounds.foretold(home, home.names[:2], run, cores=cores) for cores in (1.0, 0.5))
+    assert rounds.bound(home, home.names[:2], rounds.encoded_bytes(run)) < alone < shared
+    assert alone == pytest.approx(1.64, rel=0.15), "as README has it"
+
+
+def test_the_table_of_rounds_has_measured_over_foretold() -> None:
+    row = {"topology": "home-100", "size": "10M", "bits": 4, "encoded_bytes": 5e6, "bound_s": 0.6, "foretold_s": 1.7}
+    good = {"seconds": tables.spread([1.6]), "over_bound": tables.spread([2.7]), "over_foretold": tables.spread([0.94])}
+    text = rounds.table({"rounds": 1, "rows": [{**row, **good, "peers": 2}, {**row, "peers": 4, "failure": "it died"}]})
+    assert "| one round, s | times the bound | times foretold |" in text
+    assert "| home-100 | 10M | 4 | 2 | 5.00 | 0.60 | 1.70 | 1.60 | 2.70 | 0.94 |" in text
+    assert "| home-100 | 10M | 4 | 4 | 5.00 | 0.60 | 1.70 | it died |  |  |" in text
 
 
 @pytest.mark.parametrize(("size", "about"), [("1M", 1.07e6), ("10M", 9.9e6)])

@@ -113,7 +113,8 @@ def test_for_people_it_is_short_and_names_what_counts(tmp_path: Path, capsys: py
     text = capsys.readouterr().out
     assert "6.1B parameters in 28 fragments" in text and "26 peers, and others for fragments 0, 27" in text
     assert "1:27, 1 fragment each" in text and "24 GB GPU, 56 GB main: 4 peers" in text
-    assert "633 TB with data parallelism, 12.7 TB as it was trained" in text
+    [published] = [line for line in text.splitlines() if "GPT-JT, as published" in line]
+    assert published.split()[-5:] == ["12.7", "TB", "633", "TB", "50"] and "--line 20/100/30ms" in text
     assert len(text.splitlines()) < 25 and "|" not in text
     assert plan.main(["--run", run_file(tmp_path), "--memory", "24GB+56GB", "--tables"]) == 0
     assert "| weights of graphs under way (GPU)" in capsys.readouterr().out
@@ -168,3 +169,112 @@ def test_known_shapes_leave_the_rest_of_a_run_alone(tmp_path: Path) -> None:
     found = plan.known(run)
     assert found.model.config == KNOWN["eleutherai/gpt-j-6b"] and found.model.lora == run.model.lora
     assert found.train == run.train and plan.known(found) is found
+
+
+# ---- with lines ----
+
+
+def small(folder: Path, **changes: Any) -> str:
+    return run_file(folder, **{
+        "model": {"config": SMALL}, "fragments": 4, "train": {"sequence_length": 64, "total_tokens": 1_000_000},
+        "averaging": {"tokens_per_round": 100_000, "max_round_s": 3600.0}, **changes,
+    })
+
+
+def test_lines_bring_speed_rounds_days_and_money(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = planned(
+        "--run", small(tmp_path), "--memory", "2GB", "--line", "20/100/30ms", "--flops", "0.1T", "--watts", "50",
+        "--price-kwh", "0.5", "--price-gpu-hour", "2", capsys=capsys,
+    )
+    outlook = found["machines"][0]["outlook"]
+    assert found["replicas"] == outlook["machines"] == 4 and outlook["bound_by"] == "computing"
+    assert outlook["tokens_per_s"] == pytest.approx(sum(chain["tokens_per_s"] for chain in outlook["chains"]))
+    assert outlook["seconds"] == pytest.approx(1e6 / outlook["tokens_per_s"])
+    assert outlook["kwh"] == pytest.approx(4 * 50 * outlook["seconds"] / 3.6e6)
+    assert outlook["electricity"] == pytest.approx(0.5 * outlook["kwh"])
+    assert outlook["rent"] == pytest.approx(4 * 2 * outlook["seconds"] / 3600)
+    assert outlook["flop_per_s"] == 1e11 and outlook["line_tokens_per_s"] is None, "whole models need none to train"
+    assert len(outlook["rounds"]) == 4 and outlook["num_rounds"] >= 10
+    for one in outlook["rounds"]:
+        assert one["seconds"] == pytest.approx(one["legs_s"] + one["sending_s"] + one["arithmetic_s"])
+        assert one["legs_s"] == pytest.approx(4 * 0.015)
+
+
+def test_a_topology_has_lines_too_and_as_many_peers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = small(tmp_path)
+    home = planned("--run", file, "--memory", "2GB", "--topology", "home-asym", capsys=capsys)
+    same = planned("--run", file, "--memory", "2GB", "--line", "20/100/80ms", capsys=capsys)
+    assert home["replicas"] == 4 and home["lines"].endswith("80 ms there and back (home-asym)")
+    one, other = (found["machines"][0]["outlook"] for found in (home, same))
+    assert one["round_s"] == pytest.approx(other["round_s"]) and one["chains"] == other["chains"]
+    assert one["seconds"] == pytest.approx(other["seconds"]) and one["sent_bytes"] == pytest.approx(other["sent_bytes"])
+    two = planned(
+        "--run", file, "--memory", "2GB", "--line", "20/100/80ms", "--line", "1/100/80ms", capsys=capsys
+    )
+    assert two["replicas"] == 2
+    assert two["machines"][0]["outlook"]["sending_s"] > 2 * home["machines"][0]["outlook"]["sending_s"]
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("hosts: {a: {up: 1mbit}, b: {}, c: {}}")
+    assert planned("--run", file, "--memory", "2GB", "--topology", str(mine), capsys=capsys)["replicas"] == 3
+
+
+def test_gpt_jt_beside_what_others_send(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = planned("--run", run_file(tmp_path), "--gpu", "rtx-3090", "h100", "--line", "1000/1000/80ms", capsys=capsys)
+    published, rounds, thin, stages = found["comparison"]
+    assert published["times_less"] == pytest.approx(50, abs=0.5)
+    assert rounds["ddp_bytes"] == thin["ddp_bytes"] == found["ddp_bytes"]
+    assert 180 < rounds["times_less"] < 200 and thin["times_less"] > 400 and "2 bits" in thin["what"]
+    assert 50 < stages["times_less"] < rounds["times_less"] and "24 GB GPU" in stages["what"]
+    large, larger = (machine["outlook"] for machine in found["machines"])
+    assert larger["machines"] < large["machines"] == 16 and large["computer"] == "rtx-3090"
+    assert larger["tokens_per_s"] > large["tokens_per_s"] and large["num_rounds"] >= 541
+
+
+def test_with_lines_people_read_what_bounds_the_swarm(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = run_file(tmp_path, averaging={"tokens_per_round": 6_553_600, "outer_momentum": 0.5, "max_round_s": 7200.0})
+    arguments = ["--memory", "6GB+28GB", "24GB+56GB", "--line", "40/100/30ms"]
+    assert plan.main(["--run", file, *arguments, "--price-gpu-hour", "0.5"]) == 0
+    text = capsys.readouterr().out
+    assert "With 4 peers for each fragment, on lines of 40 up, 100 down Mbit/s, 30 ms there and back:" in text
+    assert "6 GB GPU, 28 GB main: these machines alone cannot hold the model" in text
+    assert "16 machines, rtx-3090 at 21.4 TFLOP/s" in text and "bound by memory for microbatches, 1 at once" in text
+    assert "hidden behind training" in text and "opened by max_round_s" in text
+    assert " days; a machine sends " in text and "at 0.3 a kWh" in text and "for rent at 0.5 a GPU-hour" in text
+    assert "assumed, unless you say" in text and max(map(len, text.splitlines())) < 135
+    assert plan.main(["--run", small(tmp_path), "--memory", "2GB", "--line", "0.01/0.01/1s"]) == 0
+    assert "cannot keep up" in capsys.readouterr().out
+    assert plan.main(["--run", small(tmp_path), "--memory", "2GB", "--line", "1/1/1s", "--replicas", "1"]) == 0
+    assert "alone there is nothing to average" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("arguments", "said"), [
+    (["--line=-20/100/30ms"], "--line -20/100/30ms cannot be understood"),
+    (["--line", "20/100"], "20/100/30ms"),
+    (["--topology", "mars"], "home-100, home-asym"),
+    (["--topology", "home-100", "--line", "1/1/1ms"], "say the same thing"),
+    (["--topology", "home-100", "--replicas", "5"], "5 peers for each fragment need a line each"),
+    (["--line", "1/1/1ms", "--line", "1/1/1ms", "--replicas", "3"], "there are 2"),
+    (["--line", "1/1/1ms", "--gpu", "voodoo"], "there is no GPU called 'voodoo'"),
+    (["--gpu", "rtx-3060", "h100", "--memory", "2GB"], "which GPU has which memory?"),
+    (["--flops", "much"], "--flops much cannot be understood"),
+    (["--flops=-1T"], "--flops must be over 0"),
+    (["--utilisation", "2"], "--utilisation must be"),
+    (["--watts=-5"], "--watts must not be negative"),
+    (["--price-kwh=-1"], "--price-kwh must not be negative"),
+    (["--price-gpu-hour", "nan"], "--price-gpu-hour must not be negative"),
+    (["--cores", "0"], "--cores must be over 0"),
+])
+def test_nonsense_about_lines_and_machines_is_refused(
+    arguments: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert plan.main(["--run", small(tmp_path), *arguments]) == 2
+    err = capsys.readouterr().err
+    assert said in err and "Traceback" not in err
+
+
+def test_sync_runs_have_no_rounds_to_hide(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = small(tmp_path, averaging={"mode": "sync", "bits": 32, "tokens_per_round": 1024})
+    assert plan.main(["--run", file, "--line", "20/100/30ms"]) == 2
+    assert "a `sync` run waits for every round" in capsys.readouterr().err
+    assert plan.main(["--run", file, "--memory", "2GB"]) == 0
+    assert "with 2 bits" not in capsys.readouterr().out
