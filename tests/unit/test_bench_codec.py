@@ -61,7 +61,7 @@ def test_what_is_owed_does_not_grow_with_the_rounds() -> None:
 
 def test_the_table_is_markdown_and_leaves_out_what_was_not_measured(result: dict[str, Any]) -> None:
     lines = bench_codec.table(result).splitlines()
-    assert lines[0].endswith("values, one thread") and lines[2].startswith("| codec | encode, GB/s |")
+    assert lines[0].endswith("values, one thread, cpu") and lines[2].startswith("| codec | encode, GB/s |")
     assert len(lines) == 4 + len(result["rows"]) and len({line.count("|") for line in lines[2:]}) == 1
     without = {**result, "rows": [{**result["rows"][0], "encode_and_read": None}]}
     assert "|  |" in bench_codec.table(without)
@@ -83,7 +83,7 @@ def test_nonsense_is_said_to_be_that(nonsense: list[str]) -> None:
 def test_threads_are_left_as_they_were() -> None:
     torch.set_num_threads(2)
     try:
-        bench_codec.measure(argparse.Namespace(values=1, repeats=1, quick=True, bits=[2]))
+        bench_codec.measure(argparse.Namespace(values=1, repeats=1, quick=True, bits=[2], device="cpu"))
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(1)
