@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from benches import options as common
 from benches import table as tables
 from benches.kept import Kept
 from benches.lockstep import Alone, Simulation, Weights
@@ -87,6 +88,9 @@ def measure(options: argparse.Namespace, run: RunConfig, text: Text) -> dict[str
         step = TOTAL_SEQUENCES * run.train.sequence_length
         first, more = QUICK_STEPS * step if first else 0, QUICK_STEPS * step
     run = replace(run, train=replace(run.train, total_tokens=first + more))
+    if options.case == "checkpoint" and "outer_momentum" not in common.settings(options.set).get("averaging", {}):
+        usual = AveragingConfig().outer_momentum  # the demo's is for a short run from cold
+        run = replace(run, averaging=replace(run.averaging, outer_momentum=usual))
     device, _ = choose_device(options.device, 1)
     study = Study(text, Kept(options.out.with_suffix(".kept")), before=first, device=device)
     runs = [replace(run, seed=run.seed + number) for number in range(1 if options.quick else options.seeds)]
