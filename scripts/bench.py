@@ -5,6 +5,7 @@
     scripts/bench.py wan        tokens per second over WAN links, against the same peers with networking off
     scripts/bench.py traffic    bytes a token, against data parallelism in bf16, and the loss that it costs
     scripts/bench.py round      seconds of a round, against what the lines allow
+    scripts/bench.py overlap    a peer's inner steps while a round is under way, against those without
     scripts/bench.py join       seconds until a newcomer's tokens count
     scripts/bench.py memory     a model that fits on no peer: each one's peak of memory against its plan
     scripts/bench.py churn      speed and tokens that are kept while peers die, freeze and lose each other
@@ -31,7 +32,21 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, whichever one is installed
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from benches import churn, codec, join, loss, memory, objectives, pipeline, placement, poison, recipe, traffic, wan
+from benches import (
+    churn,
+    codec,
+    join,
+    loss,
+    memory,
+    objectives,
+    overlap,
+    pipeline,
+    placement,
+    poison,
+    recipe,
+    traffic,
+    wan,
+)
 from benches import round as rounds
 from entry import guarded, start
 
@@ -39,6 +54,7 @@ BENCHES = {
     bench.NAME: bench
     for bench in (
         loss, wan, traffic, rounds, join, churn, placement, pipeline, memory, objectives, recipe, codec, poison,
+        overlap,
     )
 }
 
