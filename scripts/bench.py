@@ -12,6 +12,7 @@
     scripts/bench.py pipeline   a model in stages: speed, churn, loss
     scripts/bench.py objectives   tokens a second of causal, prefix-LM, UL2 and UL2R examples, with packing
     scripts/bench.py codec      GB a CPU-second, error and bytes of values by bits on the wire (a minute)
+    scripts/bench.py groups     rounds of up to 10,000 holders while peers die (simulated, minutes)
     scripts/bench.py poison     loss with poisoners among the peers, with and without the defence (an hour)
     scripts/bench.py recipe     GPT-JT's recipe in small, in a swarm of four, against causal only (about 20 minutes)
 """
@@ -31,7 +32,21 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, whichever one is installed
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from benches import churn, codec, join, loss, memory, objectives, pipeline, placement, poison, recipe, traffic, wan
+from benches import (
+    churn,
+    codec,
+    groups,
+    join,
+    loss,
+    memory,
+    objectives,
+    pipeline,
+    placement,
+    poison,
+    recipe,
+    traffic,
+    wan,
+)
 from benches import round as rounds
 from entry import guarded, start
 
@@ -39,6 +54,7 @@ BENCHES = {
     bench.NAME: bench
     for bench in (
         loss, wan, traffic, rounds, join, churn, placement, pipeline, memory, objectives, recipe, codec, poison,
+        groups,
     )
 }
 

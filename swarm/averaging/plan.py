@@ -85,13 +85,18 @@ def waves(owners: Sequence[int]) -> list[list[int]]:
 
 
 def weights(tokens: Mapping[str, int], warmth: Mapping[str, float] | None = None) -> dict[str, float]:
-    """Share of each contribution in the average, by tokens, capped; they add up to 1. `warmth` (roll.py): the part of
-    its tokens for which each one counts, over 0 and at most 1; who is not named counts in full."""
+    """Share of each contribution in the average, by tokens, capped; they add up to 1. `warmth`: see `counted`."""
+    counts = counted(tokens, warmth)
+    total = math.fsum(counts.values())
+    return {peer_id: count / total for peer_id, count in counts.items()}
+
+
+def counted(tokens: Mapping[str, int], warmth: Mapping[str, float] | None = None) -> dict[str, float]:
+    """Tokens of each contribution, as far as they count. `warmth` (roll.py): for which part of its tokens each one
+    does, over 0 and at most 1; who is not named counts in full."""
     cap = WEIGHT_CAP * statistics.median(tokens.values())
     warm = warmth or {}
-    capped = {peer_id: min(float(count), cap) * warm.get(peer_id, 1.0) for peer_id, count in sorted(tokens.items())}
-    total = math.fsum(capped.values())
-    return {peer_id: count / total for peer_id, count in capped.items()}
+    return {peer_id: min(float(count), cap) * warm.get(peer_id, 1.0) for peer_id, count in sorted(tokens.items())}
 
 
 def deadline_s(recent_s: Sequence[float], *, bytes_each: int, floor_s: float = 3.0, ceiling_s: float = 600.0) -> float:
