@@ -20,8 +20,8 @@ from functools import lru_cache
 MOST = 64
 """peers of one neighbourhood"""
 FEWEST = 16
-"""with fewer, neighbours join those next to them again: 65 that split are 32 each, give or take 4, so nobody is split
-and joined over and over"""
+"""with fewer, neighbours join those next to them again. 65 that split are 32 each, give or take 4, so nobody splits and
+joins over and over"""
 MAX_DEPTH = 16
 """bits; 4 million peers"""
 
@@ -47,23 +47,23 @@ def neighbourhoods(peer_ids: Iterable[str], *, prefix: str = "", most: int = MOS
     return found
 
 
-def settled_depth(my_place: str, found: Mapping[int, Iterable[str]], *, depth: int | None, most: int = MOST) -> int:
-    """How many bits name this peer's neighbourhood, by whom it finds on its way down the tree.
+def settled_depth(my_place: str, found: Mapping[int, Iterable[str]], *, depth: int, most: int = MOST) -> int:
+    """How many bits name this peer's neighbourhood, by whom else it finds on its way down the tree.
 
     `found`: depth -> peers that say they live there, under the first so many bits of `my_place`; `depth`: where this
-    peer has lived so far, None for a newcomer, which goes where most are. One more bit where there are more than
-    `most`, one less where there are so few that they and those next to them are still few.
+    peer has lived so far. One more bit where there are more than `most`, one less where there would still be few. Who
+    lives deeper stands for as many as its neighbourhood is part of: it has not split for nothing.
     """
-    everybody = {peer_id for peers in found.values() for peer_id in peers}
-    if depth is None:
-        sizes = {level: len(set(peers)) for level, peers in found.items()}
-        depth = max(sizes, key=lambda level: (sizes[level], -level), default=0)
+    lives = {peer_id: level for level in sorted(found) for peer_id in found[level]}
 
     def within(level: int) -> int:
-        return 1 + sum(place(peer_id).startswith(my_place[:level]) for peer_id in everybody)
+        return 1 + sum(
+            2 ** (theirs - level) if theirs >= level else place(peer_id).startswith(my_place[:level])
+            for peer_id, theirs in lives.items()
+        )
 
     while depth < MAX_DEPTH and within(depth) > most:
         depth += 1
-    if depth > 0 and within(depth) < FEWEST * most // MOST and within(depth - 1) <= most:
+    while depth > 0 and within(depth - 1) < 2 * FEWEST * most // MOST:
         depth -= 1
     return depth

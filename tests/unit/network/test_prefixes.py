@@ -110,9 +110,16 @@ def test_a_swarm_that_shrinks_comes_together_again_and_all_can_be_found(settled:
 
 def test_a_newcomer_goes_where_most_are(settled: dict[str, int]) -> None:
     me = names(501)[-1]
-    depth = settled_depth(place(me), on_the_way(me, records(settled)), depth=None)
+    depth = settled_depth(place(me), on_the_way(me, records(settled)), depth=0)
     assert depth in {settled[peer] for peer in settled if place(peer)[:3] == place(me)[:3]}
-    assert settled_depth(place(me), {}, depth=None) == 0, "who finds nobody is at the root"
+    assert settled_depth(place(me), {}, depth=3) == 0, "who finds nobody is at the root"
+
+
+def test_who_lives_deeper_stands_for_as_many_as_have_split() -> None:
+    me = "me"
+    deep = {3: [f"neighbour {number}" for number in range(10)]}
+    assert settled_depth(place(me), deep, depth=0) == 1, "8 times 10 are too many for the root, 4 times are not"
+    assert settled_depth(place(me), {**deep, 1: deep[3]}, depth=0) == 1, "who has moved is counted once, where it is"
 
 
 def test_neither_65_nor_what_they_split_into_is_split_and_joined_for_ever() -> None:
