@@ -58,7 +58,7 @@ def settled_depth(my_place: str, found: Mapping[int, Iterable[str]], *, depth: i
 
     def within(level: int) -> int:
         return 1 + sum(
-            2 ** (theirs - level) if theirs >= level else place(peer_id).startswith(my_place[:level])
+            1 << theirs - level if theirs >= level else int(place(peer_id).startswith(my_place[:level]))
             for peer_id, theirs in lives.items()
         )
 
