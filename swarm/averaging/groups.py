@@ -33,6 +33,9 @@ Robust combination (robust.py) works in each group among peers, and once more am
 each has learnt on average. So a group of nothing but liars, or an owner that lies for its group, is one voice of many
 there, cut to size and direction like a peer's; whoever has learnt nothing like the others is a small part of its group
 before. It does not protect from a root that lies: no more than today's part owner is audited.
+
+Rounds do not use this yet: until they do, more than 64 holders take turns in rounds of 64 (`plan.invited`), with one
+truth and nothing lost, at the price that everybody fetches the results of the others' rounds too.
 """
 
 from __future__ import annotations

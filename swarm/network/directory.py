@@ -29,8 +29,8 @@ from swarm.network.records import Contact, Status, Strict
 
 HEARTBEAT_S = 1.5
 FEW = 16
-"""with more peers than this each is told less often, so that heartbeats cost no more; the death of a process is seen at
-once all the same, for its link ends"""
+"""with more peers than this each is told less often, and the DHT too, so that it costs no more; the death of a process
+is seen at once all the same, for its link ends"""
 MAX_SLOWNESS = 4.0
 UNSURE_S = 2.0
 """a peer whose link has ended gets this long to say that it is still there"""
@@ -292,7 +292,8 @@ class Directory:
             with contextlib.suppress(Exception):  # a hint: whatever goes wrong here goes right next time
                 await self._publish()
                 await self.refresh()
-            await asyncio.sleep(DHT_TTL_S / 4 * self._rng.uniform(0.8, 1.2))
+            pause_s = DHT_TTL_S / 4 * _slowness(self._known.items())
+            await asyncio.sleep(pause_s * self._rng.uniform(0.8, 1.2))
 
     async def _publish(self) -> None:
         status = self._my_status()
@@ -301,7 +302,8 @@ class Directory:
         text = json.dumps(status.model_dump(exclude_defaults=True), separators=(",", ":"))
         if len(text) > records.MAX_RECORD_BYTES * 3 // 4:  # heads of very many fragments: they are told directly
             text = json.dumps(status.model_copy(update={"heads": [], "pending": [], "spares": []}).model_dump())
-        await self._dht.peers(self._run_id).publish(text, ttl_s=DHT_TTL_S)
+        ttl_s = DHT_TTL_S * _slowness(self._known.items())
+        await self._dht.peers(self._run_id).publish(text, ttl_s=ttl_s)
         if self.is_crowded():
             await self._holders.publish(list(status.held()), maddrs=status.maddrs, reach=status.reach)
 
@@ -313,6 +315,6 @@ class Directory:
 
 
 def _slowness(known: Iterable[tuple[str, Known]]) -> float:
-    """How many times longer heartbeats may take than among a few; 4 at most, of 64 peers, or nobody would be known to
-    be alive."""
+    """How many times longer all this may take than among a few; 4 at most, as of 64, or nobody would be known to be
+    alive."""
     return min(max(1.0, sum(other.status is not None for _, other in known) / FEW), MAX_SLOWNESS)

@@ -20,9 +20,9 @@ from swarm.network.dht import Dht
 from swarm.network.neighbourhood import Neighbourhood
 from swarm.network.records import Contact
 
-TTL_S = 300.0
-RENEWALS = 12
-"""within so many calls of `publish` (four a minute) every fragment has had its turn"""
+TTL_S = 500.0
+RENEWALS = 4
+"""within so many calls of `publish` (one a minute) every fragment has had its turn"""
 
 
 class Holders:

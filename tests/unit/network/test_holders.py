@@ -51,9 +51,9 @@ def test_all_fragments_are_published_in_turn_and_stay_until_their_next() -> None
             before = len(dht.stores)
             await holders.publish(range(30), maddrs=["/ip4/127.0.0.1/tcp/1"], reach="public")
             most = max(most, len(dht.stores) - before)
-        assert most == 3
+        assert most == 8
         assert sorted(dht.kept) == sorted(f"{RUN_ID}/holders/{fragment}" for fragment in range(30))
-        assert {ttl_s for _, ttl_s in dht.stores} == {TTL_S} and TTL_S > 15 * 1.2 * RENEWALS
+        assert {ttl_s for _, ttl_s in dht.stores} == {TTL_S} and TTL_S > 60 * 1.2 * RENEWALS
 
     asyncio.run(story())
 
