@@ -13,6 +13,8 @@
     scripts/bench.py pipeline   a model in stages: speed, churn, loss
     scripts/bench.py objectives   tokens a second of causal, prefix-LM, UL2 and UL2R examples, with packing
     scripts/bench.py codec      GB a CPU-second, error and bytes of values by bits on the wire (a minute)
+    scripts/bench.py groups     rounds of up to 10,000 holders while peers die (simulated, minutes)
+    scripts/bench.py many       64 real peers on this machine, several to a process: do rounds lose anybody?
     scripts/bench.py poison     loss with poisoners among the peers, with and without the defence (an hour)
     scripts/bench.py recipe     GPT-JT's recipe in small, in a swarm of four, against causal only (about 20 minutes)
 """
@@ -35,8 +37,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from benches import (
     churn,
     codec,
+    groups,
     join,
     loss,
+    many,
     memory,
     objectives,
     overlap,
@@ -54,7 +58,7 @@ BENCHES = {
     bench.NAME: bench
     for bench in (
         loss, wan, traffic, rounds, join, churn, placement, pipeline, memory, objectives, recipe, codec, poison,
-        overlap,
+        overlap, groups, many,
     )
 }
 

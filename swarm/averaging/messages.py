@@ -14,12 +14,10 @@ from typing import Annotated
 
 from pydantic import Field
 
-from swarm.averaging.plan import MAX_PARTS
+from swarm.averaging.plan import MAX_MEMBERS, MAX_PARTS
 from swarm.errors import BadMessage
 from swarm.network.keys import Keypair, verify
 from swarm.network.records import MAX_FRAGMENTS, Contact, Digest, PeerIdText, Strict
-
-MAX_MEMBERS = 64
 
 Signature = Annotated[str, Field(pattern=r"^[0-9a-f]{128}$")]
 MemberIndex = Annotated[int, Field(ge=0, lt=MAX_MEMBERS)]

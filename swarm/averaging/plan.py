@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from swarm.config import AveragingConfig, RunConfig
 
@@ -15,6 +15,8 @@ MIN_PIECE_BLOCKS = 1024
 """128 kB at 4 bits; the messages of smaller parts would cost more than they save"""
 MAX_PARTS = 64
 """of one round: each costs a hash and a signature in its commit"""
+MAX_MEMBERS = 64
+"""of one round: every member sends to every owner, and all of them are named in the commit"""
 WEIGHT_CAP = 2.0
 """a contribution weighs at most this many times the median, so that nobody takes a round over by claiming tokens"""
 
@@ -35,6 +37,17 @@ def leaders(reaches: Mapping[str, str], *, others_outbound: bool = False) -> lis
     outbound = others_outbound or "outbound" in reaches.values()
     allowed = ("public", "") if outbound else ("public", "punched", "")
     return [peer_id for peer_id, reach in reaches.items() if reach in allowed] or list(reaches)
+
+
+def invited(peers: Sequence[str], *, first: Collection[str] = (), fragment: int, version: int, most: int) -> list[str]:
+    """Which `most` of these peers have a place in the round to `version`: all in their order if there is room, else
+    those in `first` and then by rank, so that others have their turn each time. Whoever has none applies the result
+    like everybody, and its drift waits for a later round. Rounds are due by the tokens of all, so they come the more
+    often, and each peer is in one about as often as in a small swarm."""
+    if len(peers) <= most:
+        return list(peers)
+    order = rank(peers, fragment=fragment, version=version)
+    return sorted(order, key=lambda peer_id: peer_id not in first)[:most]  # stable: by rank among each
 
 
 def target_tokens(run: RunConfig, *, fragment: int, version: int, tokens: int, staggered: bool) -> int:
@@ -85,13 +98,18 @@ def waves(owners: Sequence[int]) -> list[list[int]]:
 
 
 def weights(tokens: Mapping[str, int], warmth: Mapping[str, float] | None = None) -> dict[str, float]:
-    """Share of each contribution in the average, by tokens, capped; they add up to 1. `warmth` (roll.py): the part of
-    its tokens for which each one counts, over 0 and at most 1; who is not named counts in full."""
+    """Share of each contribution in the average, by tokens, capped; they add up to 1. `warmth`: see `counted`."""
+    counts = counted(tokens, warmth)
+    total = math.fsum(counts.values())
+    return {peer_id: count / total for peer_id, count in counts.items()}
+
+
+def counted(tokens: Mapping[str, int], warmth: Mapping[str, float] | None = None) -> dict[str, float]:
+    """Tokens of each contribution, as far as they count. `warmth` (roll.py): for which part of its tokens each one
+    does, over 0 and at most 1; who is not named counts in full."""
     cap = WEIGHT_CAP * statistics.median(tokens.values())
     warm = warmth or {}
-    capped = {peer_id: min(float(count), cap) * warm.get(peer_id, 1.0) for peer_id, count in sorted(tokens.items())}
-    total = math.fsum(capped.values())
-    return {peer_id: count / total for peer_id, count in capped.items()}
+    return {peer_id: min(float(count), cap) * warm.get(peer_id, 1.0) for peer_id, count in sorted(tokens.items())}
 
 
 def deadline_s(recent_s: Sequence[float], *, bytes_each: int, floor_s: float = 3.0, ceiling_s: float = 600.0) -> float:

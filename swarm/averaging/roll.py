@@ -80,9 +80,10 @@ def present(roll: Roll, version: int) -> dict[str, int]:
 def is_shock(before: Roll, now: Roll, *, version: int, limit: float) -> bool:
     """Is more than `limit` of the weight in the commit that makes `version` of peers that were not there before, or has
     more than that of the swarm before now left? `now`: the roll with that commit. Shares are capped as in the average,
-    so that nobody can bring it about by claiming tokens."""
+    so that nobody can bring it about by claiming tokens. Never where more have contributed of late than one commit has
+    room for: who is not in it has not left."""
     old, new = present(before, version - 1), present(now, version)
-    if not old:
+    if not old or len(now) > plan.MAX_MEMBERS:
         return False  # the first round of all: there is no momentum yet
     here = plan.weights({entry.peer_id: entry.tokens for entry in now if entry.version == version})
     came = math.fsum(share for peer_id, share in here.items() if peer_id not in old)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 import torch
 
 from swarm.averaging import plan, robust
-from swarm.averaging.messages import MAX_MEMBERS, Commit
+from swarm.averaging.messages import Commit
 from swarm.averaging.pace import Paces
 from swarm.averaging.robust import MIN_FOR_DIRECTION, Verdict
 from swarm.config import AveragingConfig
@@ -73,7 +73,7 @@ class Trust:
                      self._fragment)
 
     def _is_news(self, words: str) -> bool:
-        if words in self._said or len(self._said) > 4 * MAX_MEMBERS:
+        if words in self._said or len(self._said) > 4 * plan.MAX_MEMBERS:
             return False
         self._said.add(words)
         return True

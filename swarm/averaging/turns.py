@@ -17,7 +17,7 @@ from swarm.averaging import plan
 from swarm.averaging.context import Context
 from swarm.averaging.follow import Follower
 from swarm.averaging.held import HeldFragment
-from swarm.averaging.messages import MAX_MEMBERS, Commit
+from swarm.averaging.messages import Commit
 from swarm.errors import NetworkError, StateError
 from swarm.network.records import Status
 
@@ -174,7 +174,10 @@ class Turns:
         began = asyncio.get_running_loop().time()
         commit = None
         try:
-            invited = members[:MAX_MEMBERS - 1]
+            invited = plan.invited(
+                members, first=[p for p in members if fragment.progress.leaving([p])], fragment=fragment.index,
+                version=fragment.ledger.state.version + 1, most=plan.MAX_MEMBERS - 1,
+            )
             invited_owners = [p for p in owners if p == self._me or p in invited]
             commit = await fragment.rounds.opener.open(invited, invited_owners, at_least=at_least)
         except (NetworkError, StateError) as error:

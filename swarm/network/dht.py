@@ -1,10 +1,11 @@
 """The DHT: where newcomers learn which runs there are and who is in them. A hint, not the truth.
 
-hivemind's Kademlia node, in our process and on our event loop, with every record signed and bounded. Three keys:
+hivemind's Kademlia node, in our process and on our event loop, with every record signed and bounded. Its keys:
 
     swarm/runs          subkey = peer id -> run id            which runs are on this DHT
     RUN_ID/config       subkey = peer id -> run config        canonical JSON; checked against the hash in the run id
-    RUN_ID/peers        subkey = peer id -> Status            who is here
+    RUN_ID/peers        subkey = peer id -> Status            who is here; of more than 64: neighbourhood.py
+    RUN_ID/holders/F    subkey = peer id -> Contact           who has fragment F, once there are more: holders.py
 
 Only dictionary entries under the writer's own peer id are valid, so a stranger can replace nobody's record.
 """
@@ -31,11 +32,13 @@ from swarm.errors import BadMessage, NetworkError
 from swarm.network import frames, records
 from swarm.network.daemon import Daemon
 from swarm.network.keys import Keypair
+from swarm.network.neighbourhood import Neighbourhood
 
-MAX_KEYS_STORED = 200
-"""a run needs three"""
-MAX_BYTES_OF_KEY = 1_000_000
-"""under one key, of all its writers: some 1500 statuses. An answer over 4 MB fails as a whole"""
+MAX_KEYS_STORED = 500
+"""a run of up to 64 peers needs three; of more, each peer stores a few dozen of all their keys"""
+MAX_BYTES_OF_KEY = 400_000
+"""under one key, of all its writers: some 600 statuses, should so many come at the same moment; 64 are usual. An answer
+over 4 MB fails as a whole"""
 MAX_NESTING = 4
 START_S = 30.0
 CALL_S = 20.0
@@ -97,6 +100,7 @@ class Dht:
     ) -> None:
         """`first`: peer ids of those through whom we have come."""
         self._node, self._keypair, self._clock, self._first = node, keypair, clock, first
+        self._neighbourhoods: dict[str, Neighbourhood] = {}
 
     @classmethod
     async def start(
@@ -162,9 +166,21 @@ class Dht:
                     entries[peer_id] = payload
         return entries
 
+    def neighbourhood(self, key: str) -> Neighbourhood:
+        """The tree of records under `key`, as this peer sees it; always the same one."""
+        if key not in self._neighbourhoods:
+            self._neighbourhoods[key] = Neighbourhood(
+                key, me=self._keypair.peer_id, entries=self.entries, publish=self.publish
+            )
+        return self._neighbourhoods[key]
+
+    def peers(self, run_id: str) -> Neighbourhood:
+        return self.neighbourhood(f"{run_id}/peers")
+
     async def statuses(self, run_id: str) -> dict[str, records.Status]:
+        """Of the peers of a run: of all of them up to 64, else of this peer's neighbours."""
         statuses = {}
-        for peer_id, payload in (await self.entries(f"{run_id}/peers")).items():
+        for peer_id, payload in (await self.peers(run_id).look()).items():
             try:
                 statuses[peer_id] = records.parse(records.Status, frames.parse_head(payload.encode()))
             except BadMessage:

@@ -1,4 +1,5 @@
-"""Who is in the swarm, as this peer sees it: the statuses that peers tell each other directly, every 1.5 s.
+"""Who is in the swarm, as this peer sees it: the statuses that peers tell each other directly, every 1.5 s, or less
+often where they are many.
 
 The DHT fills it at the start and now and then; from then on news comes from the peers themselves, and each passes on
 the addresses of a few others (gossip), so the swarm holds together when the DHT or the first peer is gone (I5).
@@ -21,11 +22,16 @@ from swarm.errors import NetworkError, PeerRefused
 from swarm.network import records
 from swarm.network.dht import Dht
 from swarm.network.endpoint import Endpoint
+from swarm.network.holders import Holders, wanted
 from swarm.network.link import Answer, Link
 from swarm.network.reachability import OUTBOUND, can_meet
 from swarm.network.records import Contact, Status, Strict
 
 HEARTBEAT_S = 1.5
+FEW = 16
+"""with more peers than this each is told less often, and the DHT too, so that it costs no more; the death of a process
+is seen at once all the same, for its link ends"""
+MAX_SLOWNESS = 4.0
 UNSURE_S = 2.0
 """a peer whose link has ended gets this long to say that it is still there"""
 ALIVE_S = 6.0
@@ -41,7 +47,7 @@ MAX_PEERS = 1000
 MAX_HEARSAY = 200
 """peers that others have told of and that have not spoken to us: anybody can make up any number of those"""
 MAX_HEARTBEATS = 32
-"""peers told in one beat; in a larger swarm each beat takes others at random"""
+"""peers told in one beat, drawn anew each time"""
 MAX_GOSSIP = 8
 HEARSAY_S = 60.0
 
@@ -81,6 +87,7 @@ class Directory:
         self.reach = ""
         """of this peer; see reachability.py"""
         self._known: dict[str, Known] = {}
+        self._holders = Holders(dht, run_id, me=endpoint.peer_id)
         self._loop = asyncio.get_running_loop()
         self._tasks: list[asyncio.Task[None]] = []
         self._beating: set[asyncio.Task[None]] = set()
@@ -94,12 +101,13 @@ class Directory:
         self._tasks = [asyncio.create_task(self._beat_forever()), asyncio.create_task(self._dht_forever())]
 
     def alive(self) -> dict[str, Status]:
-        """Peers of this run that spoke to us in the last `ALIVE_S` seconds; not this one, no observers. Any thread."""
-        now = self._loop.time()
+        """Peers of this run that spoke to us in the last `ALIVE_S` seconds (longer in a large swarm); not this one, no
+        observers. Any thread."""
+        known_now = list(self._known.items())
+        since = self._loop.time() - ALIVE_S * _slowness(known_now)
         return {
-            peer_id: known.status
-            for peer_id, known in list(self._known.items())
-            if known.status is not None and now - known.heard_at < ALIVE_S and known.status.role != "observer"
+            peer_id: known.status for peer_id, known in known_now
+            if known.status is not None and known.heard_at > since and known.status.role != "observer"
         }
 
     def maddrs(self, peer_id: str) -> list[str]:
@@ -174,10 +182,19 @@ class Directory:
             ))
 
     async def refresh(self) -> None:
-        """Read the DHT and meet whoever is in it."""
+        """Read the DHT and meet whoever is in it: everybody, or in a large swarm neighbours, and some of those who hold
+        what this peer works with."""
         for peer_id, status in (await self._dht.statuses(self._run_id)).items():
             if status.role != "observer":
                 self.meet(peer_id, status.maddrs, status.reach)
+        if self.is_crowded():
+            mine = self._my_status()
+            for contact in await self._holders.look(wanted(mine.held(), len(mine.heads))):
+                self.meet(contact.peer_id, contact.maddrs, contact.reach)
+
+    def is_crowded(self) -> bool:
+        """Are there more peers than one record of the DHT has room for?"""
+        return self._dht.peers(self._run_id).depth > 0
 
     def _my_beat(self, to: str) -> dict[str, Any]:
         alive = [
@@ -251,9 +268,10 @@ class Directory:
     def _due(self) -> list[str]:
         """Who is to be told in this beat."""
         now, alive = asyncio.get_running_loop().time(), self.alive()
+        heartbeat_s = HEARTBEAT_S * _slowness(self._known.items())
 
         def pause_s(peer_id: str, known: Known) -> float:
-            return HEARTBEAT_S if peer_id in alive else min(max(3 * HEARTBEAT_S, (now - known.since) / 4), RETRY_S)
+            return heartbeat_s if peer_id in alive else min(max(3 * HEARTBEAT_S, (now - known.since) / 4), RETRY_S)
 
         return [
             peer_id for peer_id, known in self._known.items()
@@ -274,7 +292,8 @@ class Directory:
             with contextlib.suppress(Exception):  # a hint: whatever goes wrong here goes right next time
                 await self._publish()
                 await self.refresh()
-            await asyncio.sleep(DHT_TTL_S / 4 * self._rng.uniform(0.8, 1.2))
+            pause_s = DHT_TTL_S / 4 * _slowness(self._known.items())
+            await asyncio.sleep(pause_s * self._rng.uniform(0.8, 1.2))
 
     async def _publish(self) -> None:
         status = self._my_status()
@@ -283,10 +302,19 @@ class Directory:
         text = json.dumps(status.model_dump(exclude_defaults=True), separators=(",", ":"))
         if len(text) > records.MAX_RECORD_BYTES * 3 // 4:  # heads of very many fragments: they are told directly
             text = json.dumps(status.model_copy(update={"heads": [], "pending": [], "spares": []}).model_dump())
-        await self._dht.publish(f"{self._run_id}/peers", text, ttl_s=DHT_TTL_S)
+        ttl_s = DHT_TTL_S * _slowness(self._known.items())
+        await self._dht.peers(self._run_id).publish(text, ttl_s=ttl_s)
+        if self.is_crowded():
+            await self._holders.publish(list(status.held()), maddrs=status.maddrs, reach=status.reach)
 
     async def stop(self) -> None:
         tasks = [*self._tasks, *self._beating]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _slowness(known: Iterable[tuple[str, Known]]) -> float:
+    """How many times longer all this may take than among a few; 4 at most, as of 64, or nobody would be known to be
+    alive."""
+    return min(max(1.0, sum(other.status is not None for _, other in known) / FEW), MAX_SLOWNESS)

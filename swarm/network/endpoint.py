@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import secrets
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Iterable
@@ -42,7 +43,7 @@ class Endpoint:
         self.peer_id = peer_id
         self.session = secrets.token_hex(8)
         self.skews_s: dict[str, float] = {}
-        """each linked peer's clock minus ours"""
+        """each linked peer's clock minus ours, by at least so much"""
         self.on_link_closed: Callable[[str], None] = lambda peer_id: None
         self.address_of: Callable[[str], Awaitable[str | None]] = _nowhere
         """where a peer behind a router can be dialled, once somebody has introduced us; see introductions.py"""
@@ -163,7 +164,8 @@ class Endpoint:
         asked = self._clock()
         try:
             answer, _ = await link.call("hello", {"v": 1, "session": self.session, "time": asked}, deadline_s=HELLO_S)
-            self._greeted(link, answer, (asked + self._clock()) / 2)
+            answered = self._clock()
+            self._greeted(link, answer, (asked + answered) / 2, unsure_s=(answered - asked) / 2)
         except BaseException:
             link.close("no greeting")
             raise
@@ -193,7 +195,9 @@ class Endpoint:
         self._greeted(link, header, self._clock())
         return {"v": 1, "session": self.session, "time": self._clock()}, b""
 
-    def _greeted(self, link: Link, header: dict[str, Any], now: float) -> None:
+    def _greeted(self, link: Link, header: dict[str, Any], now: float, *, unsure_s: float = 0.0) -> None:
+        """`now`: by our clock, give or take `unsure_s`, when the other looked at its own: on a busy machine an answer
+        takes seconds, and says no more of a clock than that."""
         version, session, theirs = header.get("v"), header.get("session"), header.get("time")
         understood = (
             version == 1 and isinstance(session, str) and len(session) <= 64
@@ -206,7 +210,8 @@ class Endpoint:
         awaited = self._dialling.pop(link.peer_id, None)
         if awaited is not None and not awaited.done():
             awaited.set_result(link)
-        self.skews_s[link.peer_id] = float(theirs or 0) - now
+        skew_s = float(theirs or 0) - now
+        self.skews_s[link.peer_id] = math.copysign(max(0.0, abs(skew_s) - unsure_s), skew_s)
 
     def _add(
         self, peer_id: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, observed_maddr: str, *,

@@ -118,15 +118,16 @@ def check_clock(skews_s: list[float]) -> None:
 
 async def publish_run(dht: Dht, run: RunConfig, peers: list[str], my_peer_id: str) -> None:
     """Keep the run findable. Only a few peers store copies, or the record would grow with the swarm - but all do where
-    there is none: strangers with low peer ids could keep quiet."""
+    there is none: strangers with low peer ids could keep quiet. `peers`: those that this one knows. In a large swarm
+    each knows others, and each some that are the lowest it knows; so they do without where there are enough."""
     key, text = f"{run.run_id}/config", canonical_json(run).decode()
-    if (
-        my_peer_id in sorted([my_peer_id, *peers])[:CONFIG_COPIES]
-        or text not in (await dht.entries(key)).values()
-        or run.run_id not in (await dht.entries(RUNS_KEY)).values()
-    ):
-        await dht.publish(key, text, ttl_s=CONFIG_TTL_S)
-        await dht.publish(RUNS_KEY, run.run_id, ttl_s=CONFIG_TTL_S)
+    copies = [(key, text, await dht.entries(key)), (RUNS_KEY, run.run_id, await dht.entries(RUNS_KEY))]
+    keepers = [{peer_id for peer_id, kept in stored.items() if kept == payload} for _, payload, stored in copies]
+    chosen = my_peer_id in sorted([my_peer_id, *peers])[:CONFIG_COPIES]
+    enough = all(sum(peer_id < my_peer_id for peer_id in kept) >= 2 * CONFIG_COPIES for kept in keepers)
+    if (chosen and not enough) or not all(keepers):
+        for name, payload, _ in copies:
+            await dht.publish(name, payload, ttl_s=CONFIG_TTL_S)
 
 
 async def find_run(dht: Dht, *, run_id: str | None, deadline_s: float) -> RunConfig:

@@ -10,6 +10,8 @@ import pytest
 from hivemind.dht.routing import DHTID
 
 from swarm.network import dht
+from swarm.network.neighbourhood import Neighbourhood
+from swarm.network.prefixes import place
 from tests.swarm.network_support import (
     KEY,
     OTHER_RUN,
@@ -174,3 +176,27 @@ def test_the_dht_never_raises_and_never_waits_for_ever(nets, monkeypatch):
         assert one.run(one.dht.entries(KEY)) == {}
         one.run(one.dht.meet(one.peer_id))
     one.run(one.dht.meet("garbage"))
+
+
+def test_records_of_a_large_swarm_are_spread_over_keys(nets):
+    """Two to a record, so that five peers are many."""
+    networks = [nets.start("n0")]
+    networks += [nets.start(f"n{n}", initial_peers=networks[0].maddrs) for n in range(1, 5)]
+    trees = {
+        network: Neighbourhood(
+            KEY, me=network.peer_id, entries=network.dht.entries, publish=network.dht.publish, most=2
+        ) for network in networks
+    }
+    for _ in range(3):
+        for network, tree in trees.items():
+            assert network.run(tree.publish("here", ttl_s=60))
+            network.run(tree.look())
+    assert all(tree.depth > 0 for tree in trees.values())
+    for network, tree in trees.items():
+        assert network.run(tree.publish("settled", ttl_s=90))
+    for network, tree in trees.items():
+        found = network.run(network.dht.entries(tree.key_at(tree.depth)))
+        there = [peer_id for peer_id, payload in found.items() if payload == "settled"]
+        assert network.peer_id in there and len(there) <= 2
+        assert all(place(peer_id)[:tree.depth] == place(network.peer_id)[:tree.depth] for peer_id in there)
+    assert trees[networks[0]] is not networks[0].dht.peers(RUN.run_id) is networks[0].dht.peers(RUN.run_id)

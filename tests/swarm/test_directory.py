@@ -7,6 +7,8 @@ import pytest
 
 from swarm.errors import PeerRefused
 from swarm.network import directory as directories
+from swarm.network import prefixes
+from swarm.network.records import Head
 from tests.swarm.network_support import (
     OTHER_RUN,
     RUN,
@@ -152,7 +154,7 @@ def test_the_silent_are_tried_less_and_less_and_forgotten_but_for_the_last():
         assert directory._due() == [key_of("hearsay")]
         directory._on_link_closed(key_of("heard 7"))
         assert len(directory.alive()) == 49
-        now[0] += directories.ALIVE_S + 1
+        now[0] += directories.ALIVE_S * directories.MAX_SLOWNESS + 1  # they are many
         assert directory.alive() == {}
         now[0] += directories.FORGET_S
         directory._hear(key_of("heard 3"), directories.Beat(status=status()))
@@ -179,5 +181,53 @@ def test_hearsay_does_not_move_a_live_peer():
         directory._on_link_closed(key_of("a"))
         directory.meet(key_of("a"), told)  # it may have moved
         assert directory.maddrs(key_of("a")) == told
+
+    asyncio.run(test())
+
+
+def test_in_a_crowd_those_who_hold_a_fragment_find_each_other_by_it(nets, monkeypatch):
+    """Each is in a neighbourhood of its own, so they do not find each other's status."""
+    monkeypatch.setattr(prefixes, "FEWEST", 0)
+    names = {prefixes.place(key_of(f"peer {n}"))[0]: f"peer {n}" for n in range(20)}
+    a = nets.start(names["0"])
+    b = nets.start(names["1"], initial_peers=a.maddrs)
+    heads = {a: [Head(version=1, digest="0" * 64, tokens=1), None, None], b: [None, None, None]}
+    heads[b][1] = heads[a][0]  # the one after those of a
+
+    async def start(network):
+        network.dht.peers(RUN.run_id).depth = 1
+        network.start_directory(
+            run_id=RUN.run_id, my_status=lambda: status(maddrs=network.maddrs[:8], heads=heads[network])
+        )
+
+    for network in (a, b):
+        network.run(start(network))
+        for _ in range(12):
+            network.run(network.directory._publish())
+    assert b.peer_id not in a.run(a.dht.statuses(RUN.run_id)) and a.directory.is_crowded()
+    for _ in range(2):
+        a.run(a.directory.refresh())
+    assert a.run(_maddrs(a, b.peer_id)) == b.maddrs
+    until(lambda: b.peer_id in alive(a) and a.peer_id in alive(b))
+
+
+def test_where_many_are_each_is_told_less_often_and_may_be_silent_for_longer():
+    async def test():
+        directory = directory_alone()
+        loop = asyncio.get_running_loop()
+        now = [loop.time()]
+        loop.time = lambda: now[0]  # no timer is set in here
+        few, many = directories.FEW, 3 * directories.FEW
+        for count, slowness in ((few, 1), (many, 3), (20 * directories.FEW, directories.MAX_SLOWNESS)):
+            for n in range(count):
+                directory._hear(key_of(f"heard {n}"), directories.Beat(status=status(maddrs=["/ip4/127.0.0.1/tcp/1"])))
+            heard_at = now[0]
+            for seconds, due in ((directories.HEARTBEAT_S, True), (directories.ALIVE_S, False)):
+                now[0] = heard_at + seconds * slowness - 0.1
+                assert len(directory.alive()) == count
+                assert not due or directory._due() == []
+                now[0] = heard_at + seconds * slowness + 0.1
+                assert len(directory._due() if due else directory.alive()) == (count if due else 0)
+        del loop.time
 
     asyncio.run(test())

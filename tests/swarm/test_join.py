@@ -157,6 +157,23 @@ def test_few_peers_keep_the_run_but_all_do_where_nobody_does(nets):
     assert list(two.run(two.dht.entries(f"{RUN.run_id}/config"))) == [one.peer_id]
 
 
+def test_a_low_peer_does_without_where_enough_lower_ones_keep_the_run(nets):
+    """In a large swarm everybody knows others, and so there would be ever more of the lowest."""
+    names = sorted((f"peer {n}" for n in range(2 * join.CONFIG_COPIES + 2)), key=key_of)
+    *lower, last, one = names
+    me, soon, text = nets.start(one), time.time() + 60.5, canonical_json(RUN).decode()
+    for at, payload in ((f"{RUN.run_id}/config", text), (join.RUNS_KEY, RUN.run_id)):
+        for name in lower:
+            value = sealed(payload, name=name, at=at, expires=soon)
+            assert store(me, value=value, expires=soon, at=at, signer=name) == [True]
+    me.run(join.publish_run(me.dht, RUN, [], me.peer_id))
+    assert me.peer_id not in me.run(me.dht.entries(f"{RUN.run_id}/config"))
+    store(me, value=sealed("{}", name=lower[0], at=f"{RUN.run_id}/config", expires=soon + 9), expires=soon + 9,
+          at=f"{RUN.run_id}/config", signer=lower[0])  # now one of them keeps something else
+    me.run(join.publish_run(me.dht, RUN, [], me.peer_id))
+    assert me.peer_id in me.run(me.dht.entries(f"{RUN.run_id}/config")) and last not in lower
+
+
 def test_three_peers_that_start_at_the_same_moment_are_one_swarm(nets):
     first = published(nets)
     start_directory(first, name="first")

@@ -383,6 +383,24 @@ def test_a_greeting_that_is_none_is_refused(greeting):
     asyncio.run(test())
 
 
+@pytest.mark.parametrize(("theirs", "unsure_s", "skew_s"), [
+    (110.0, 0.0, 10.0), (110.0, 4.0, 6.0), (90.0, 4.0, -6.0), (103.0, 4.0, 0.0), (97.0, 4.0, 0.0),
+])
+def test_a_slow_greeting_says_less_of_a_clock(theirs, unsure_s, skew_s):
+    """On a machine that starts dozens of peers an answer takes seconds; that is no wrong clock."""
+    async def test():
+        endpoint = endpoints.Endpoint.__new__(endpoints.Endpoint)
+        endpoint.skews_s, endpoint._dialling = {}, {}
+
+        class Link:
+            greeted, session, peer_id = False, "", "x"
+
+        endpoint._greeted(Link(), {"v": 1, "session": "s", "time": theirs}, 100.0, unsure_s=unsure_s)
+        assert endpoint.skews_s == {"x": skew_s}
+
+    asyncio.run(test())
+
+
 def test_one_peer_gets_few_links_and_a_crowd_leaves_no_trace(nets, monkeypatch):
     one, two = nets.start("one"), nets.start("two")
     links = [open_stream(one, two) for _ in range(endpoints.MAX_LINKS_OF_ONE_PEER + 2)]

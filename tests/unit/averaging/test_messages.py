@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from swarm.averaging.messages import MAX_MEMBERS, Commit, Contributor, Invitation, Opening
+from swarm.averaging.messages import Commit, Contributor, Invitation, Opening
 from swarm.averaging.opener import MAX_MADDRS
+from swarm.averaging.plan import MAX_MEMBERS
 from swarm.errors import BadMessage
 from swarm.network import frames
 from swarm.network.keys import Keypair

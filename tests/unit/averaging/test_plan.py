@@ -247,3 +247,30 @@ def _run(make_run: MakeRun) -> None:
 
 
 RUN: RunConfig
+
+
+# ---- more peers than a round has room for ----
+
+
+def test_all_are_invited_while_there_is_room() -> None:
+    peers = [f"peer {number}" for number in range(63)]
+    assert plan.invited(peers, fragment=0, version=1, most=63) == peers
+    assert plan.invited([], fragment=0, version=1, most=63) == []
+
+
+def test_of_many_others_have_their_turn_each_time_and_nobody_is_left_out_for_long() -> None:
+    peers = [f"peer {number}" for number in range(150)]
+    turns = [plan.invited(peers, fragment=0, version=version, most=50) for version in range(1, 31)]
+    assert all(len(set(turn)) == 50 and set(turn) <= set(peers) for turn in turns)
+    assert turns[0] == plan.invited(peers[::-1], fragment=0, version=1, most=50), "every opener would invite the same"
+    times = [sum(peer in turn for turn in turns) for peer in peers]
+    assert min(times) >= 3 and max(times) <= 18 and sum(times) == 30 * 50
+
+
+def test_who_leaves_goes_first() -> None:
+    peers = [f"peer {number}" for number in range(100)]
+    leaving = peers[90:]
+    for version in range(5):
+        turn = plan.invited(peers, first=leaving, fragment=0, version=version, most=20)
+        assert set(turn[:10]) == set(leaving) and len(set(turn)) == 20
+    assert set(plan.invited(peers, first=peers, fragment=0, version=1, most=20)) <= set(peers)

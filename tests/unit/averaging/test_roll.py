@@ -97,6 +97,13 @@ def test_the_order_in_which_contributors_are_named_is_no_matter(rounds: list[dic
     assert one == two and roll.canonical(one) == roll.canonical(two)
 
 
+def test_where_commits_have_no_room_for_all_who_is_not_in_one_has_not_left() -> None:
+    halves = [equal([f"{side}{number:02}" for number in range(40)]) for side in "ab"]  # type: ignore[arg-type]
+    turns = [halves[0]] * 4 + [halves[1]] * 4
+    assert shocks(*turns) == [], "80 peers of late: too many for one commit"
+    assert shocks(*[dict(list(half.items())[:30]) for half in turns]) == [5], "60 would all have had a place"
+
+
 # ---- as it travels ----
 
 

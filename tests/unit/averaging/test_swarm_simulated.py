@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
+from swarm.averaging import plan
 from swarm.averaging.layout import Layout, layout_of
 from swarm.config import RunConfig
 from swarm.model.fragments import FragmentSpec, TensorSpec
@@ -199,3 +200,29 @@ def test_what_a_story_leaves_undone_ends_with_it() -> None:
 
     play(story())
     assert ended == ["first", "second"] and all(task.cancelled() for task in tasks)
+
+
+def test_more_holders_than_a_round_has_room_for_take_turns(
+    make_run: Callable[..., RunConfig], layout: Layout, keys: list[Keypair],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Room for four of eight: all apply every round, contribute to about every other, and nothing is lost."""
+    monkeypatch.setattr(plan, "MAX_MEMBERS", 4)
+
+    async def story() -> None:
+        world = make_world(make_run, layout, keys, 8, seed=1)
+        for peer in world.peers.values():
+            peer.start()
+        for _ in range(5):
+            await asyncio.sleep(10)
+            check_truth(world)
+        first = next(iter(world.peers.values()))
+        history = first.averager._fragments[0].applier.history
+        commits = [history.commit(version) for version in range(1, first.head[0] + 1)]
+        assert len(commits) > 8 and all(commit is not None and len(commit.opening.members) <= 4 for commit in commits)
+        turns = {peer: sum(commit is not None and commit.includes(peer) for commit in commits) for peer in world.peers}
+        assert min(turns.values()) > 0 and max(turns.values()) < len(commits)
+        alive = await settle(world)
+        assert alive[0].head[2] == sum(peer.trained for peer in alive)
+
+    play(story())

@@ -8,7 +8,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from swarm.averaging.messages import MAX_MEMBERS, Commit
+from swarm.averaging.messages import Commit
+from swarm.averaging.plan import MAX_MEMBERS
 from swarm.averaging.trust import Trust
 from swarm.config import AveragingConfig
 from swarm.events import Event, Warning
