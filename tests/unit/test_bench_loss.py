@@ -232,6 +232,40 @@ def test_a_small_one_to_the_end_and_again_from_what_it_kept(
     assert json.loads(out.read_text())["result"] == result
 
 
+def test_runs_at_once_find_what_runs_one_by_one_do(tmp_path: Path) -> None:
+    tiny(tmp_path)
+    words = ["loss", "--case", "checkpoint", "--quick", "--run", str(tmp_path / "run.yaml"), "--peers", "2"]
+    results = []
+    for name, more in (("one", []), ("two", ["--jobs", "2"])):
+        out = tmp_path / f"{name}.json"
+        assert bench.main([*words, "--ratios", "20", "40", "--out", str(out), *more]) == 0
+        results.append(json.loads(out.read_text())["result"])
+        for row in results[-1]["rows"]:
+            del row["cpu_s"]
+    assert results[0] == results[1] and len(results[0]["rows"]) == 2
+
+
+def test_after_a_checkpoint_momentum_is_that_of_long_runs_unless_it_is_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny(tmp_path, outer_momentum=0.25)
+    asked: list[float] = []
+
+    class Done(Exception):
+        pass
+
+    def figures(study: loss_rounds.Study, run: Any, row: Row | None) -> dict[str, Any]:
+        asked.append(run.averaging.outer_momentum)
+        raise Done
+
+    monkeypatch.setattr(loss_rounds.Study, "figures", figures)
+    words = ["loss", "--quick", "--run", str(tmp_path / "run.yaml"), "--out", str(tmp_path / "out.json")]
+    for more in (["--case", "checkpoint"], ["--case", "checkpoint", "--set", "outer_momentum=0.5"], ["--case", "cold"]):
+        with pytest.raises(Done):
+            bench.run(bench.make_parser().parse_args([*words, *more]))
+    assert asked == [0.9, 0.5, 0.25]
+
+
 def test_settings_of_rounds_leave_the_baseline_where_it_is(tmp_path: Path) -> None:
     """A row that is tried with another momentum is compared with what is there already."""
     run = tiny(tmp_path)

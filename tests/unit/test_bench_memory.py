@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
@@ -16,6 +17,7 @@ from benches import memory
 
 from swarm.averaging import outer
 from swarm.config import PeerConfig, run_from_dict
+from swarm.errors import ConfigError, SwarmError
 from swarm.train.place import choose
 from swarm.units import parse_bytes
 
@@ -57,6 +59,51 @@ def test_a_process_says_its_peak_and_one_that_is_gone_does_not() -> None:
 
 
 def test_the_table_names_each_peer_and_the_whole() -> None:
-    peer = {"fragments": "0:1", "plan": 2_000_000, "table": "told", "peak_bytes": 1_000_000, "tokens": 5, "rounds": 2}
+    peer = {
+        "fragments": "0:1", "plan": 2_000_000, "gpu_plan": 0, "table": "told", "peak_bytes": 1_000_000,
+        "gpu_peak_bytes": 3_000_000, "tokens": 5, "rounds": 2, "tokens_per_s": 12.5,
+    }  # fmt: skip
     text = memory.table({"limit_bytes": 4 * 10**9, "whole": {"fits": False, "table": "sum"}, "peers": [peer]})
-    assert "does not fit into 4 GB" in text and "| 0:1 | 2 MB | 1 MB | 50% | 5 | 2 |" in text
+    assert "does not fit into 4 GB" in text and "| 0:1 | 2 MB | 1 MB | 50% | 0 B | 3 MB | 5 | 2 |" in text
+    assert "12.5 tokens/s" in text
+
+
+def test_stages_are_four_equal_parts_or_what_was_asked_for() -> None:
+    assert memory.parts_of(options(), 9) == [(0, 2), (2, 4), (4, 6), (6, 9)]
+    assert memory.parts_of(options(stages=["0:2", "2:6", "6:8"]), 8) == [(0, 2), (2, 6), (6, 8)]
+
+
+@pytest.mark.parametrize("nonsense", ["2", "2:2", "3:1", "0:9", "a:b", "-1:2"])
+def test_a_stage_that_is_none_is_a_stated_error(nonsense: str) -> None:
+    with pytest.raises(ConfigError, match="not A:B"):
+        memory.parts_of(options(stages=[nonsense]), 8)
+
+
+def test_adapters_and_the_shape_of_gpt_j_are_in_the_run() -> None:
+    run = run_from_dict(
+        memory.document(options(lora=True, width=4096, blocks=8, vocabulary=50400)), origin="test"
+    )
+    assert run.model.lora is not None and run.model.lora.base == "nf4"
+    assert run.model.config is not None
+    assert run.model.config["n_head"] == 16 and run.model.config["vocab_size"] == 50400
+    plain = run_from_dict(memory.document(options()), origin="test")
+    assert plain.model.lora is None and plain.model.config is not None and plain.model.config["n_head"] == 16
+
+
+def test_speed_is_of_all_steps_but_the_first() -> None:
+    assert memory.speed([]) == memory.speed([(1.0, 100.0)]) == 0.0
+    assert memory.speed([(10.0, 100.0), (12.0, 300.0), (15.0, 600.0)]) == 100.0
+
+
+def test_what_nvidia_smi_says_of_each_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\necho '41, 818'\necho '42, 10'\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert memory.gpu_bytes() == {41: 818 * 2**20, 42: 10 * 2**20}
+    program.write_text("#!/bin/sh\necho 'no driver' >&2\nexit 9\n")
+    with pytest.raises(SwarmError, match="nvidia-smi"):
+        memory.gpu_bytes()
+    monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
+    with pytest.raises(SwarmError, match="nvidia-smi"):
+        memory.gpu_bytes()
