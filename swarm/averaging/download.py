@@ -1,8 +1,9 @@
 """State for newcomers: a fragment's weights and momentum in hashed chunks, from several holders at once.
 
 The donor keeps the very version that it was asked for as long as somebody downloads it, however many rounds pass
-meanwhile. A donor that dies or lies is dropped and its chunks come from another one. What was downloaded is checked
-against the digest that the swarm attests before any of it is used.
+meanwhile; one without memory for that waits with rounds that it has with nobody (turns.py). A donor that dies or lies
+is dropped and its chunks come from another one. What was downloaded is checked against the digest that the swarm
+attests before any of it is used.
 """
 
 from __future__ import annotations
@@ -42,6 +43,13 @@ class Donor:
     ) -> None:
         self._states, self._clock, self._max_leases = states, clock, max_leases
         self._leases: dict[str, tuple[GlobalState, float]] = {}
+        self._not_kept, self._not_kept_until = "", 0.0
+        """the version asked for last that there was no room to keep"""
+
+    def gives_what_it_cannot_keep(self) -> bool:
+        """Is somebody downloading the newest version, which is gone for them with the next one?"""
+        newest = next(iter(self._states())).digest
+        return newest == self._not_kept and self._clock() < self._not_kept_until
 
     def find(self, digest: object) -> GlobalState:
         now = self._clock()
@@ -50,6 +58,8 @@ class Donor:
             if state.digest == digest:
                 if digest in self._leases or len(self._leases) < self._max_leases:
                     self._leases[state.digest] = (state, now + LEASE_S)
+                else:
+                    self._not_kept, self._not_kept_until = state.digest, now + LEASE_S
                 return state
         raise PeerRefused("this peer does not have that version any more")
 

@@ -40,6 +40,8 @@ class HeldFragment:
         self.recent_s: list[float] = []
         self.retry_at = 0.0
         self.distrusted_until: dict[str, float] = {}
+        self.alone = False
+        """the newest commit is of this peer's tokens only"""
         self.following = self.opening = self.downloading = False
         self.ready = True
         """False: it was added and is still being downloaded, or was removed; nothing of it is served or averaged"""

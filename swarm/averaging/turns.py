@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 
 from swarm.averaging import plan
 from swarm.averaging.context import Context
+from swarm.averaging.download import LEASE_S
 from swarm.averaging.follow import Follower
 from swarm.averaging.held import HeldFragment
 from swarm.averaging.messages import Commit
@@ -66,6 +67,7 @@ class Turns:
     def applied(self, fragment: HeldFragment, commit: Commit) -> None:
         now = asyncio.get_running_loop().time()
         fragment.opened_at, fragment.due_since = now, None
+        fragment.alone = len(commit.contributors) == 1 and commit.includes(self._me)
         fragment.progress.committed(commit, fragment.ledger.state.digest, now=now)
 
     def first_openers(self) -> set[str]:
@@ -129,7 +131,7 @@ class Turns:
         if fragment.due_since is None:
             fragment.due_since = now
         leaders = self._leaders(holders, everybody)
-        if self._me not in leaders:
+        if self._me not in leaders or self._waits_for_downloads(fragment, now):
             return
         order = plan.rank(leaders, fragment=fragment.index, version=fragment.ledger.state.version + 1)
         patience_s = max(MIN_PATIENCE_S, 3 * statistics.median(fragment.recent_s or [1.0]))
@@ -161,6 +163,14 @@ class Turns:
         if total < target:
             return None
         return target if self._sync_mode and not self._all_are_whole() else 0
+
+    def _waits_for_downloads(self, fragment: HeldFragment, now: float) -> bool:
+        """A peer that averages with nobody, has no memory for older versions, and is being asked for this one, waits
+        with the next for a while: those who are on their way to it would start over and over. Its tokens stay in its
+        drift."""
+        assert fragment.due_since is not None
+        patient = now - fragment.due_since < LEASE_S and not (self._is_leaving() or fragment.leaving)
+        return patient and fragment.alone and fragment.donor.gives_what_it_cannot_keep()
 
     def _all_are_whole(self) -> bool:
         """Does everybody hold all fragments? Only then does a peer's first word of a `sync` step say all of it."""

@@ -157,7 +157,7 @@ def asked(*words: str) -> argparse.Namespace:
 def test_each_case_has_its_rows() -> None:
     rows = loss_rounds.rows_of(asked("--case", "checkpoint"))
     assert [(row.peers, row.ratio, row.bits) for row in rows] == [
-        (peers, ratio, 4 if ratio == 200 else 2) for peers in (4, 8) for ratio in (200, 500, 1000, 2000)
+        (peers, ratio, 4 if ratio == 203 else 2) for peers in (4, 8) for ratio in (203, 505, 1020, 2100)
     ]
     cold = loss_rounds.rows_of(asked("--case", "cold", "--peers", "4", "--ratios", "150"))
     assert cold == [Row(4, 150, 2), Row(4, 150, 2, ramp=True)]

@@ -302,6 +302,31 @@ def test_leases_are_bounded() -> None:
     assert kept == MAX_LEASES
 
 
+def test_a_donor_without_room_for_old_versions_knows_when_the_newest_is_being_downloaded() -> None:
+    now, states = [0.0], [state_of(7), state_of(6)]
+    donor = Donor(lambda: states, lambda: now[0], max_leases=0)
+    assert not donor.gives_what_it_cannot_keep()
+    donor.manifest(states[1].digest)
+    assert not donor.gives_what_it_cannot_keep(), "what is gone soon anyway"
+    donor.manifest(states[0].digest)
+    now[0] += LEASE_S * 0.9
+    assert donor.gives_what_it_cannot_keep()
+    donor.chunk(states[0].digest, 0)
+    now[0] += LEASE_S * 0.9
+    assert donor.gives_what_it_cannot_keep(), "as long as somebody asks for it"
+    states[:] = [state_of(8), states[0]]
+    assert not donor.gives_what_it_cannot_keep(), "the next one is nobody's yet"
+    now[0] += LEASE_S
+    states[:] = states[1:]
+    assert not donor.gives_what_it_cannot_keep(), "who asked for it has gone"
+
+
+def test_a_donor_with_room_keeps_what_is_asked_for_and_need_not_wait() -> None:
+    donor = donor_of(state_of(7))
+    donor.manifest(None)
+    assert not donor.gives_what_it_cannot_keep()
+
+
 def test_who_names_no_version_gets_the_newest_and_it_is_kept() -> None:
     state = state_of(numel=256)
     donor = donor_of(state)
