@@ -166,9 +166,11 @@ def serve(task: Task, end: Connection) -> None:
     those of its own first peer and, once a second, of all its peers; gives "learn", "settle" and "stop"."""
     torch.set_num_threads(1)
     run, peers = run_of(task.seed, task.tokens_per_round, task.bits), []
-    with tempfile.TemporaryDirectory(prefix="many-") as folder, contextlib.suppress(EOFError):
+    with tempfile.TemporaryDirectory(prefix="many-") as folder, contextlib.suppress(EOFError, OSError):
         try:
             initial = end.recv()
+            if initial == "stop":
+                return
             for number in range(task.first, task.first + task.count):
                 peers.append(started(number, run, Path(folder), task.every_s, initial))
                 initial = initial or peers[0].network.maddrs[:1]
