@@ -14,18 +14,17 @@ import logging
 import random
 from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import dataclass
-from typing import Annotated, Any
-
-from pydantic import Field
+from typing import Any
 
 from swarm.errors import NetworkError, PeerRefused
 from swarm.network import records
+from swarm.network.beats import MAX_GOSSIP, Beat, Beats
 from swarm.network.dht import Dht
 from swarm.network.endpoint import Endpoint
 from swarm.network.holders import Holders, wanted
 from swarm.network.link import Answer, Link
 from swarm.network.reachability import OUTBOUND, can_meet
-from swarm.network.records import Contact, Status, Strict
+from swarm.network.records import Contact, Status
 
 HEARTBEAT_S = 1.5
 FEW = 16
@@ -48,15 +47,9 @@ MAX_HEARSAY = 200
 """peers that others have told of and that have not spoken to us: anybody can make up any number of those"""
 MAX_HEARTBEATS = 32
 """peers told in one beat, drawn anew each time"""
-MAX_GOSSIP = 8
 HEARSAY_S = 60.0
 
 log = logging.getLogger(__name__)
-
-
-class Beat(Strict):
-    status: Status
-    contacts: Annotated[list[Contact], Field(max_length=MAX_GOSSIP)] = []
 
 
 @dataclass
@@ -89,6 +82,7 @@ class Directory:
         self._known: dict[str, Known] = {}
         self._holders = Holders(dht, run_id, me=endpoint.peer_id)
         self._loop = asyncio.get_running_loop()
+        self._beats = Beats(self._loop.time)
         self._tasks: list[asyncio.Task[None]] = []
         self._beating: set[asyncio.Task[None]] = set()
         self.on_status: Callable[[str, Status], None] = lambda peer_id, status: None
@@ -200,33 +194,38 @@ class Directory:
         alive = [
             p for p, status in self.alive().items()
             if p != to and (self._known[p].maddrs or status.reach == OUTBOUND)
+            and self._beats.is_news(to, p, self._known[p].maddrs)
         ]
         newcomer = to not in self._known or self._known[to].status is None
         chosen = self._rng.sample(alive, min(len(alive), MAX_GOSSIP if newcomer else 2))
-        return Beat(status=self._my_status(), contacts=self.contacts(chosen)).model_dump(exclude_defaults=True)
+        return self._beats.make(to, self._my_status(), self.contacts(chosen))
 
     async def _on_status(self, link: Link, header: dict[str, Any], body: bytes) -> Answer:
         beat = records.parse(Beat, header)
-        if beat.status.run_id != self._run_id:
+        if beat.status is not None and beat.status.run_id != self._run_id:
             raise PeerRefused(f"this peer trains {self._run_id}")
         self._hear(link.peer_id, beat)
         return self._my_beat(link.peer_id), b""
 
     def _hear(self, peer_id: str, beat: Beat) -> None:
-        if beat.status.run_id != self._run_id:
+        """Raises BadMessage where it makes no status of what that peer has told before."""
+        status = self._beats.hear(peer_id, beat)
+        if status is None:  # a life sign, and no news; what it builds on, this peer does not have
+            status = self._known[peer_id].status if peer_id in self._known else None
+        if status is None or status.run_id != self._run_id:
             return
         now = asyncio.get_running_loop().time()
-        if beat.status.role == "observer":
+        if status.role == "observer":
             self._known.pop(peer_id, None)
         elif peer_id != self._endpoint.peer_id and self._has_room_for(peer_id):
             known = self._known.setdefault(peer_id, Known([], since=now))
-            new_address = bool(beat.status.maddrs) and (known.status is None or known.maddrs != beat.status.maddrs)
-            known.status, known.since, known.heard_at, known.lost_at = beat.status, now, now, float("-inf")
-            known.reach = beat.status.reach
+            new_address = bool(status.maddrs) and (known.status is None or known.maddrs != status.maddrs)
+            known.status, known.since, known.heard_at, known.lost_at = status, now, now, float("-inf")
+            known.reach = status.reach
             if new_address:
-                known.maddrs = beat.status.maddrs
+                known.maddrs = status.maddrs
                 self.on_new_address(known.maddrs)
-            self.on_status(peer_id, beat.status)
+            self.on_status(peer_id, status)
         for contact in beat.contacts:
             self.meet(contact.peer_id, contact.maddrs, contact.reach)
 
@@ -238,6 +237,7 @@ class Directory:
         if oldest in self.alive():
             return False
         del self._known[oldest]
+        self._beats.forget(oldest)
         return True
 
     def unsure(self) -> bool:
@@ -286,6 +286,7 @@ class Directory:
         for peer_id, known in list(self._known.items()):
             if now - known.since > FORGET_S and peer_id not in kept:
                 del self._known[peer_id]
+                self._beats.forget(peer_id)
 
     async def _dht_forever(self) -> None:
         while True:

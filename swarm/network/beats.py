@@ -1,0 +1,118 @@
+"""Heartbeats, made short: the first one says all that a peer says of itself, the next ones what has changed.
+
+Most of a status is the same as a second ago, and half of the rest are digests, which no compression makes smaller. So
+each beat names the status of the other that its sender has (`have`, the head of a hash), and what is told is the
+difference to that one. Who has none that the other remembers, after a restart on either side, is told everything; so
+nothing needs to be agreed on or repaired. Addresses of third peers are passed on again after `AGAIN_S`, or when they
+have changed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from typing import Annotated, Any
+
+from pydantic import Field, model_validator
+
+from swarm.network.records import Contact, Status, Strict, parse
+
+MAX_GOSSIP = 8
+KEPT = 3
+"""statuses of each peer, of either side: beats in both directions may cross"""
+AGAIN_S = 30.0
+
+Mark = Annotated[str, Field(pattern=r"^([0-9a-f]{16})?$")]
+Document = dict[str, Any]
+
+
+class Beat(Strict):
+    status: Status | None = None
+    """all of it; None: the status with the mark `base`, with these changes"""
+    base: Mark = ""
+    changed: dict[str, Any] = {}
+    gone: Annotated[list[str], Field(max_length=len(Status.model_fields))] = []
+    """what has its default value again"""
+    have: Mark = ""
+    """mark of the newest status of the receiver that the sender has; empty: none"""
+    contacts: Annotated[list[Contact], Field(max_length=MAX_GOSSIP)] = []
+
+    @model_validator(mode="after")
+    def _is_one_or_the_other(self) -> Beat:
+        if (self.status is None) != bool(self.base):
+            raise ValueError("either a status or a base")
+        return self
+
+
+class Beats:
+    """What this peer and each other one have told each other."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._told: dict[str, dict[str, Document]] = {}
+        """peer id -> mark -> what it was told, the newest last"""
+        self._heard: dict[str, dict[str, Document]] = {}
+        self._have: dict[str, str] = {}
+        """peer id -> mark of what it says it has of us"""
+        self._passed_on: dict[str, dict[str, tuple[list[str], float]]] = {}
+        """peer id -> of whom it was told -> (addresses, when)"""
+
+    def make(self, to: str, status: Status, contacts: list[Contact]) -> dict[str, Any]:
+        """The beat for a peer, as plain data."""
+        document, told = _document(status), self._told.setdefault(to, {})
+        base = self._have.get(to, "")
+        old = told.get(base)
+        _keep(told, document)
+        have = next(reversed(self._heard.get(to, {})), "")
+        if old is None:
+            beat = Beat(status=status, have=have, contacts=contacts)
+        else:
+            changed = {key: value for key, value in document.items() if key not in old or old[key] != value}
+            gone = [key for key in old if key not in document]
+            beat = Beat(base=base, changed=changed, gone=gone, have=have, contacts=contacts)
+        now, passed_on = self._clock(), self._passed_on.setdefault(to, {})
+        for contact in contacts:
+            passed_on[contact.peer_id] = (contact.maddrs, now)
+        return beat.model_dump(exclude_defaults=True)
+
+    def hear(self, peer_id: str, beat: Beat) -> Status | None:
+        """The status that a peer tells; None where it builds on one that we do not have: the next one will be whole.
+        Raises BadMessage where what comes of it is no status."""
+        self._have[peer_id] = beat.have
+        heard = self._heard.setdefault(peer_id, {})
+        if beat.status is not None:
+            _keep(heard, _document(beat.status))
+            return beat.status
+        old = heard.get(beat.base)
+        if old is None:
+            heard.clear()
+            return None
+        kept = {key: value for key, value in old.items() if key not in beat.gone}
+        status = parse(Status, {**kept, **beat.changed})
+        _keep(heard, _document(status))
+        return status
+
+    def is_news(self, to: str, about: str, maddrs: list[str]) -> bool:
+        """Is it worth telling that peer where another one is?"""
+        known, at = self._passed_on.get(to, {}).get(about, ([], float("-inf")))
+        return maddrs != known or self._clock() - at >= AGAIN_S
+
+    def forget(self, peer_id: str) -> None:
+        for memory in (self._told, self._heard, self._have, self._passed_on):
+            memory.pop(peer_id, None)
+
+
+def _document(status: Status) -> Document:
+    """As it looks on the wire, so that both sides have the same."""
+    document = json.loads(status.model_dump_json(exclude_defaults=True))
+    assert isinstance(document, dict)
+    return document
+
+
+def _keep(documents: dict[str, Document], document: Document) -> None:
+    mark = hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()[:16]
+    documents.pop(mark, None)  # it becomes the newest
+    documents[mark] = document
+    while len(documents) > KEPT:
+        del documents[next(iter(documents))]
