@@ -14,6 +14,7 @@ import logging
 import random
 from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 from swarm.errors import NetworkError, PeerRefused
@@ -42,6 +43,9 @@ REMEMBERED = 32
 RETRY_S = 30.0
 """the silent are tried ever less often, at least this often"""
 DHT_TTL_S = 60.0
+READ_EVERY = 4
+"""times that this peer leaves its status in the DHT until it reads the others' again, while it hears some directly and
+they are few: an answer to that is all statuses, and nearly all that a quiet swarm sent"""
 MAX_PEERS = 1000
 MAX_HEARSAY = 200
 """peers that others have told of and that have not spoken to us: anybody can make up any number of those"""
@@ -289,10 +293,11 @@ class Directory:
                 self._beats.forget(peer_id)
 
     async def _dht_forever(self) -> None:
-        while True:
+        for number in count():
             with contextlib.suppress(Exception):  # a hint: whatever goes wrong here goes right next time
                 await self._publish()
-                await self.refresh()
+                if number % READ_EVERY == 0 or not self.alive() or self.is_crowded():
+                    await self.refresh()
             pause_s = DHT_TTL_S / 4 * _slowness(self._known.items())
             await asyncio.sleep(pause_s * self._rng.uniform(0.8, 1.2))
 

@@ -44,6 +44,36 @@ async def _maddrs(network, peer_id):
     return network.directory.maddrs(peer_id)
 
 
+def test_the_dht_is_read_every_time_by_who_hears_nobody_and_seldom_by_others(nets, monkeypatch):
+    monkeypatch.setattr(directories, "DHT_TTL_S", 0.4)
+    a, b = nets.start("a"), nets.start("b")
+    calls = []
+
+    def told(directory, name):
+        real = getattr(directory, name)
+
+        async def counted():
+            calls.append((name, bool(directory.alive())))
+            await real()
+
+        setattr(directory, name, counted)
+
+    def count(name, heard):
+        return calls.count((name, heard))
+
+    start_directory(b, name="b")
+    start_directory(a, name="a")
+    for name in ("_publish", "refresh"):
+        told(a.directory, name)
+    until(lambda: count("_publish", False) >= 5, "some rounds alone")
+    assert count("refresh", False) >= 4
+    meet(a, b)
+    until(lambda: b.peer_id in alive(a))
+    calls.clear()
+    until(lambda: count("_publish", True) >= 3 * directories.READ_EVERY, "some rounds in company")
+    assert 2 <= count("refresh", True) <= 4 and not calls.count(("refresh", False))
+
+
 def test_observers_see_everybody_and_are_never_counted(nets):
     a, b = nets.swarm("a", "b")
     watcher = nets.start("watcher", initial_peers=a.maddrs, observe=True)
