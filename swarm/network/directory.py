@@ -43,9 +43,12 @@ REMEMBERED = 32
 RETRY_S = 30.0
 """the silent are tried ever less often, at least this often"""
 DHT_TTL_S = 60.0
-READ_EVERY = 4
+PUBLISHED_A_TTL = 2.2
+"""times: one may fail. Whoever looks for where to leave a record is told all that is there already, by everybody asked,
+which is nearly all that a quiet swarm sends"""
+READ_EVERY = 2
 """times that this peer leaves its status in the DHT until it reads the others' again, while it hears some directly and
-they are few: an answer to that is all statuses, and nearly all that a quiet swarm sent"""
+they are few"""
 MAX_PEERS = 1000
 MAX_HEARSAY = 200
 """peers that others have told of and that have not spoken to us: anybody can make up any number of those"""
@@ -298,8 +301,8 @@ class Directory:
                 await self._publish()
                 if number % READ_EVERY == 0 or not self.alive() or self.is_crowded():
                     await self.refresh()
-            pause_s = DHT_TTL_S / 4 * _slowness(self._known.items())
-            await asyncio.sleep(pause_s * self._rng.uniform(0.8, 1.2))
+            pause_s = DHT_TTL_S / PUBLISHED_A_TTL * _slowness(self._known.items())
+            await asyncio.sleep(pause_s * self._rng.uniform(0.85, 1.05))
 
     async def _publish(self) -> None:
         status = self._my_status()
