@@ -26,7 +26,8 @@ NAME = "overlap"
 HELP = "inner steps with a round under way, against those without"
 
 PEER = Path(__file__).resolve().parent / "systems" / "timed_peer.py"
-SETTLE_S, QUICK_S = 10.0, 8.0
+SETTLE_S, QUICK_S = 10.0, 20.0
+QUICK_ROUNDS = {"averaging": {"tokens_per_round": 8_192}}
 FIRST_COMMIT_S = 180.0
 FEWEST = 20
 """steps of each kind, or their medians say nothing"""
@@ -41,13 +42,14 @@ class Timed(Ours):
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_places(parser, topologies=["home-100"], peers=[2])
     common.add_run(parser)
-    parser.add_argument("--seconds", type=float, default=60.0, help="of each window (60)")
-    parser.add_argument("--repeats", type=int, default=3, help="how often (3)")
+    parser.add_argument("--seconds", type=float, default=240.0, help="of each window (240)")
+    parser.add_argument("--repeats", type=int, default=1, help="how often (1)")
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     seconds, repeats = (QUICK_S, 1) if options.quick else (options.seconds, options.repeats)
     run, system = common.endless(common.run_of(options)), Timed()
+    run = common.changed(run, QUICK_ROUNDS) if options.quick else run
     rows = []
     with common.workspace() as folder:
         for name, topology, numbers in common.places(options):
@@ -67,21 +69,21 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
                             [event for _, event in peer.of("step")][first:]
                             for first, peer in zip(before, swarm.peers.values(), strict=True)
                         ]
-                    found += [figures(steps) for steps in told]
+                    found += [figures(steps, fewest=1 if options.quick else FEWEST) for steps in told]
                     print(f"  {name}, {num_peers} peers: " + ", ".join(
                         f"{one['slower_percent']:+.1f} %" for one in found[-num_peers:]), flush=True)
                 rows.append({"topology": name, "peers": num_peers, **tables.spreads(found)})
     return {"seconds": seconds, "run": run.name, "rows": rows}
 
 
-def figures(steps: Sequence[dict[str, Any]]) -> dict[str, float]:
+def figures(steps: Sequence[dict[str, Any]], *, fewest: int = FEWEST) -> dict[str, float]:
     """Of one peer in one window. Raises ConfigError where there are too few steps of a kind."""
     plain = [step["seconds"] for step in steps if not step["rounds"] and not step["turns"]]
     beside = [step["seconds"] for step in steps if step["rounds"] and not step["turns"]]
-    if min(len(plain), len(beside)) < FEWEST:
+    if min(len(plain), len(beside)) < fewest:
         raise ConfigError(
             f"{len(plain)} steps without a round under way and {len(beside)} with one are too few",
-            why=f"a median wants {FEWEST}", do="give more --seconds, or --set tokens_per_round=N for other rounds",
+            why=f"a median wants {fewest}", do="give more --seconds, or --set tokens_per_round=N for other rounds",
         )
     step_s, beside_s = statistics.median(plain), statistics.median(beside)
     turning = [step["seconds"] for step in steps if step["turns"]]
