@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import Annotated, Any
 
 from pydantic import Field, model_validator
@@ -71,9 +71,9 @@ class Beats:
             changed = {key: value for key, value in document.items() if key not in old or old[key] != value}
             gone = [key for key in old if key not in document]
             beat = Beat(base=base, changed=changed, gone=gone, have=have, contacts=contacts)
-        now, passed_on = self._clock(), self._passed_on.setdefault(to, {})
-        for contact in contacts:
-            passed_on[contact.peer_id] = (contact.maddrs, now)
+        now = self._clock()
+        recent = {who: told for who, told in self._passed_on.get(to, {}).items() if now - told[1] < AGAIN_S}
+        self._passed_on[to] = recent | {contact.peer_id: (contact.maddrs, now) for contact in contacts}
         return beat.model_dump(exclude_defaults=True)
 
     def hear(self, peer_id: str, beat: Beat) -> Status | None:
@@ -98,9 +98,12 @@ class Beats:
         known, at = self._passed_on.get(to, {}).get(about, ([], float("-inf")))
         return maddrs != known or self._clock() - at >= AGAIN_S
 
-    def forget(self, peer_id: str) -> None:
-        for memory in (self._told, self._heard, self._have, self._passed_on):
-            memory.pop(peer_id, None)
+    def keep_only(self, peer_ids: Container[str]) -> None:
+        """Forget all others: whoever links to us can say something. The next beat between us is just a whole one."""
+        memories: list[dict[str, Any]] = [self._told, self._heard, self._have, self._passed_on]
+        for memory in memories:
+            for stranger in [peer_id for peer_id in memory if peer_id not in peer_ids]:
+                del memory[stranger]
 
 
 def _document(status: Status) -> Document:

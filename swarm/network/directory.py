@@ -244,7 +244,6 @@ class Directory:
         if oldest in self.alive():
             return False
         del self._known[oldest]
-        self._beats.forget(oldest)
         return True
 
     def unsure(self) -> bool:
@@ -293,7 +292,7 @@ class Directory:
         for peer_id, known in list(self._known.items()):
             if now - known.since > FORGET_S and peer_id not in kept:
                 del self._known[peer_id]
-                self._beats.forget(peer_id)
+        self._beats.keep_only(self._known)
 
     async def _dht_forever(self) -> None:
         for number in count():

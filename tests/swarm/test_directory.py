@@ -74,6 +74,19 @@ def test_the_dht_is_read_every_time_by_who_hears_nobody_and_seldom_by_others(net
     assert 2 <= count("refresh", True) <= 4 and not calls.count(("refresh", False))
 
 
+def test_who_is_not_known_here_leaves_nothing_behind(nets):
+    """An observer is told everything each time, and any number of strangers may say something."""
+    a, b = nets.swarm("a", "b")
+    watcher = nets.start("watcher", initial_peers=a.maddrs, observe=True)
+    start_directory(watcher, role="observer", name="watcher")
+    meet(watcher, a)
+    until(lambda: b.peer_id in alive(watcher))
+    beats = a.directory._beats
+    watcher.run(watcher.directory.stop())
+    until(lambda: watcher.peer_id not in {**beats._told, **beats._heard, **beats._have}, "the next beat")
+    assert b.peer_id in beats._told and b.peer_id in beats._heard
+
+
 def test_observers_see_everybody_and_are_never_counted(nets):
     a, b = nets.swarm("a", "b")
     watcher = nets.start("watcher", initial_peers=a.maddrs, observe=True)

@@ -103,7 +103,7 @@ def test_a_difference_to_what_one_does_not_have_is_no_news_and_the_next_is_whole
     pair = Pair()
     pair.tell(A, status())
     pair.tell(B, status())
-    pair.of[B].forget(A)
+    pair.of[B].keep_only([])
     assert pair.tell(A, status(tokens=5)) is None
     assert json.loads(pair.make(B, status())).get("have", "") == ""
     pair.tell(B, status())
@@ -117,8 +117,9 @@ def test_few_statuses_are_kept_of_each() -> None:
         pair.tell(B, status(tokens=tokens))
     for beats in pair.of.values():
         assert all(len(kept) <= KEPT for memory in (beats._told, beats._heard) for kept in memory.values())
-        beats.forget(A)
-        beats.forget(B)
+        beats.keep_only([A, B])
+        assert beats._told and beats._heard and beats._have and beats._passed_on
+        beats.keep_only([C])
         assert not any((beats._told, beats._heard, beats._have, beats._passed_on))
 
 
@@ -156,6 +157,8 @@ def test_addresses_are_passed_on_again_after_a_while_or_when_they_are_others() -
     assert beats.is_news(B, C, ["/ip4/10.0.0.4/tcp/1"])
     pair.now = AGAIN_S
     assert beats.is_news(B, C, THIRD.maddrs)
+    pair.make(A, status())
+    assert not beats._passed_on[B], "what is news again need not be kept"
 
 
 changes = st.fixed_dictionaries({}, optional={
