@@ -35,6 +35,7 @@ _HELP: dict[str, dict[str, tuple[str, str]]] = {
         "run_id": ("ID", "which run, where several share one network"),
         "join_timeout_s": ("SECONDS", "give up joining after this long"),
         "until_tokens": ("N", "leave cleanly once the swarm has trained N tokens (20M is understood)"),
+        "restart": ("", "start again, from the home folder, whatever ends this peer but you (not on Windows)"),
     },
     "this machine": {
         "home": ("DIR", "the only folder this program writes to: identity, checkpoints, addresses"),

@@ -229,6 +229,8 @@ class PeerConfig:
     """do not tell peers behind routers each other's addresses"""
     until_tokens: int | None = None
     """leave cleanly once the swarm has trained this many tokens"""
+    restart: bool = False
+    """start again whatever ends this peer, but its owner or the run's end"""
     ui: str = "auto"
     """auto (live on a terminal, else plain) | plain | live | json"""
     join_timeout_s: float = 60.0

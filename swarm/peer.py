@@ -14,7 +14,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 
 from swarm import cli
@@ -31,8 +31,21 @@ def main(argv: list[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return error.exit_code
     quiet_libraries(config.verbose)
+    if not config.restart:
+        return live(config)
+    from swarm import restart
+
     try:
-        return run(config)
+        return restart.watch(config, live)
+    except SwarmError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+
+
+def live(config: PeerConfig, on_ready: Callable[[], object] = lambda: None) -> int:
+    """`run`, with every error told to the person, as an exit code."""
+    try:
+        return run(config, on_ready)
     except SwarmError as error:
         if config.verbose:
             traceback.print_exc()
@@ -46,8 +59,9 @@ def main(argv: list[str] | None = None) -> int:
         return 1
 
 
-def run(config: PeerConfig) -> int:
-    """Live as the peer that `config` describes, until it is done or told to stop. Raises SwarmError."""
+def run(config: PeerConfig, on_ready: Callable[[], object] = lambda: None) -> int:
+    """Live as the peer that `config` describes, until it is done or told to stop. `on_ready`: called once it takes
+    part. Raises SwarmError."""
     from swarm.events import Bus, Left, Warning  # what follows imports torch: --help must not wait for it
     from swarm.host.home import Home
     from swarm.monitor.console import make_ui
@@ -78,6 +92,7 @@ def run(config: PeerConfig) -> int:
         reason = None
         if not stop.asked:
             participant.start()
+            on_ready()
             while reason is None and not stop.asked:
                 time.sleep(POLL_S)
                 reason = participant.finished()
