@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "swarm").rglob("*.py"))
 OURS = FILES + sorted((ROOT / "scripts").rglob("*.py")) + sorted((ROOT / "tests").rglob("*.py"))
-ENTRY_POINTS = {"peer", "cli", "observer", "program", "asking", "chat", "evaluate", "plan", "plan_report"}
+ENTRY_POINTS = {"peer", "restart", "cli", "observer", "program", "asking", "chat", "evaluate", "plan", "plan_report"}
 LEAVES = {"config", "config_data", "config_reader", "errors", "events", "units"}
 # a row may import from the rows below it, never from its own
 LAYERS = [

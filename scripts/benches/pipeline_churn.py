@@ -1,6 +1,6 @@
 """What is left of a pipeline's speed and work while its peers are killed: three stages with two holders each.
 
-A calm window first, then one in which a peer is killed (SIGKILL) every half a minute and started again. Peers
+A calm window first, then one in which a peer is killed (SIGKILL) every half a minute and comes back. Peers
 compute for real and then sleep until a set time is over (systems/emulated.py), so that six fit on one machine. The
 books are made of what each process told of each microbatch, fragment by fragment:
 
@@ -33,13 +33,15 @@ from benches.systems import Setup, stage_peer
 from benches.systems.stages import Stages, StageSpec
 from benches.warm import LOADING_S, launcher
 from swarm.config import RunConfig, canonical_json, run_from_dict
+from swarm.restart import PAUSE_S
 from swarm.train.serving import microbatch_sequences
 
 PARTS = ((0, 2), (2, 4), (4, 6))
 NUM_HOLDERS = 2
 SERVICE_S = 0.15
-DOWN_S = 2.0
-"""until a killed peer is started again"""
+STARTS = {"fork": (PAUSE_S, 0.0), "load": (2.0, LOADING_S)}
+"""how a killed peer comes back: forked again by a process that has the libraries, as with `--restart`, or started by
+hand. Seconds until then, and of loading libraries"""
 MOMENT_S = 10.0
 """before a death a microbatch may be done and yet not be settled: verdicts are tried again (origin.py)"""
 BLAMED_S = 60.0
@@ -53,6 +55,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--churn-seconds", type=float, default=300.0, metavar="S", help="churn: of the kills (300)")
     parser.add_argument("--calm-seconds", type=float, default=120.0, metavar="S", help="churn: of the calm one (120)")
     parser.add_argument("--every", type=float, default=30.0, metavar="S", help="churn: between two kills (30)")
+    parser.add_argument(
+        "--start", choices=STARTS, default="fork",
+        help="churn: how the killed come back: forked again, as with --restart, or started anew (fork)",
+    )
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
@@ -63,10 +69,12 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     run = deeper_run(common.run_of(options), num_fragments=parts[-1][1])
     topology = more_hosts(load(options.churn_topology), len(parts))
     specs = [StageSpec(part, SERVICE_S) for part in parts]
-    faults = kills(parts, seed=run.seed, seconds=seconds, every_s=every_s)
+    down_s, loading_s = STARTS[options.start]
+    faults = kills(parts, seed=run.seed, seconds=seconds, every_s=every_s, down_s=down_s)
     with common.workspace() as folder, common.lab(topology) as lab:
         setup = Setup(common.write(run, folder / "bench.yaml"), len(parts), None, folder / "swarm", run.seed)
-        with LabSwarm(lab, Stages(specs, emulate=False), setup, launch=launcher(stage_peer.main)) as swarm:
+        launch = launcher(stage_peer.main, loading_s=loading_s)
+        with LabSwarm(lab, Stages(specs, emulate=False), setup, launch=launch) as swarm:
             settle_s = SETTLE_S / 5 if options.quick else SETTLE_S
             found = live(swarm, faults, settle_s=settle_s, calm_s=calm_s, seconds=seconds)
             lives = list(swarm.lives)
@@ -74,6 +82,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     calm, stormy = (rate(lives, began, ended) * tokens for began, ended in (found["calm"], found["stormy"]))
     row = {
         "topology": options.churn_topology, "peers": len(parts), "kills": len(faults), "every_s": every_s,
+        "start": options.start,
         "failures": [], "ended_by_themselves": found["badly"], "calm_tokens_per_s": calm, "stormy_tokens_per_s": stormy,
         "kept": stormy / calm if calm else 0.0, "capacity_kept": capacity(lives, parts, *found["stormy"]),
         **reroutes(lives), **books(lives, tokens=tokens, num_fragments=run.fragments),
@@ -103,16 +112,18 @@ def live(
     return {"calm": (calm, mischief.began), "stormy": (mischief.began, over), "badly": badly}
 
 
-def kills(parts: Sequence[tuple[int, int]], *, seed: int, seconds: float, every_s: float) -> list[Fault]:
+def kills(
+    parts: Sequence[tuple[int, int]], *, seed: int, seconds: float, every_s: float, down_s: float
+) -> list[Fault]:
     """One every `every_s`, in a seeded order in which all get their turn, but for those that hold a stage alone."""
     several = Counter(parts)
     dice, order, found = random.Random(seed), list[int](), list[Fault]()
     at = every_s / 2
-    while at + DOWN_S < seconds:
+    while at + down_s < seconds:
         if not order:
             order = [number for number, part in enumerate(parts) if several[part] > 1]
             dice.shuffle(order)
-        found.append(Fault(at, "crash", (order.pop(),), DOWN_S))
+        found.append(Fault(at, "crash", (order.pop(),), down_s))
         at += every_s
     return found
 
@@ -231,9 +242,7 @@ def table(result: dict[str, Any]) -> str:
             f"{row['capacity_kept']:.2f}", row["reroutes"], _pair(row, "noticed"), _pair(row, "reroute"),
             *(_fragments(row[f"{name}_tokens"]) for name in ("lost", "twice", "gone")),
         ])
-    notes = [
-        f"libraries are loaded beforehand, and a peer that starts SLEEPS for {LOADING_S} s instead: on a machine"
-        " of its own it would not load them at the cost of others",
+    notes = [_start_note(row["start"]) for row in result["rows"]] + [
         f"stages {result['parts']}, windows of {result['calm_s']:.0f} and {result['seconds']:.0f} s; computing is"
         f" real and PADDED by sleeps to {result['service_ms']:.0f} ms a microbatch and stage: one machine runs all",
         "holders left: the mean share of its holders that the scarcest stage had, from their death to their being back",
@@ -244,6 +253,16 @@ def table(result: dict[str, Any]) -> str:
         if row["reroutes_unexplained"]:
             notes.append(f"{row['reroutes_unexplained']} more reroutes away from peers that were not dead")
     return "\n".join([tables.markdown(header, rows), "", *notes])
+
+
+def _start_note(start: str) -> str:
+    down_s, loading_s = STARTS[start]
+    if start == "fork":
+        return f"who is killed is forked again {down_s} s later by a process that has the libraries, as with --restart"
+    return (
+        f"who is killed is started again {down_s:.0f} s later; libraries are loaded beforehand, and it SLEEPS for"
+        f" {loading_s} s instead: on a machine of its own it would not load them at the cost of others"
+    )
 
 
 def _pair(row: dict[str, Any], name: str) -> str:

@@ -19,6 +19,7 @@ from hivemind.p2p import PeerID
 
 from swarm.errors import PeerGone, PeerRefused
 from swarm.network.daemon import Daemon
+from swarm.network.line import Line
 from swarm.network.link import Answer, Budget, Handler, Link, Method
 from swarm.network.maddr import without_peer_id
 
@@ -52,6 +53,7 @@ class Endpoint:
         self._dialling: dict[str, asyncio.Future[Link]] = {}
         self._methods: dict[str, Method] = {"hello": Method(self._on_hello, 0)}
         self._budget = Budget()
+        self._lines = Line(), Line()
         self._closed_bytes = [0, 0]
         self._tasks: set[asyncio.Task[Any]] = set()
 
@@ -218,7 +220,8 @@ class Endpoint:
         dialled: bool = False,
     ) -> Link:
         link = Link(
-            peer_id, reader, writer, self._methods, observed_maddr, dialled=dialled, budget=self._budget
+            peer_id, reader, writer, self._methods, observed_maddr, dialled=dialled, budget=self._budget,
+            lines=self._lines,
         )
         self._links[peer_id].append(link)
         task = asyncio.create_task(self._forget_when_closed(link))

@@ -4,7 +4,8 @@
     request = REQUEST {"m": method, "h": header, "n": body bytes}, then frames REQUEST_BODY
     answer  = ANSWER {"h": header, "n": body bytes}, then frames ANSWER_BODY;   or   REFUSED {"why": text}
     CANCEL  = the asker has given up on `call`
-    ARRIVED = the bytes of bodies that have arrived on this stream so far, and when (16 bytes); see pacing.py
+    ARRIVED = the bytes of bodies that have arrived on this stream so far, when, and the share of the receiver's line
+              that the stream may take (24 bytes); see pacing.py and line.py
 
 A request with "q" is quiet: nobody waits for an answer, and none is sent.
 
@@ -54,22 +55,25 @@ async def read(reader: asyncio.StreamReader) -> tuple[int, int, bytes]:
     return kind, call, await reader.readexactly(length)
 
 
-_ARRIVED = struct.Struct("!Qd")
+_ARRIVED = struct.Struct("!Qdd")
 
 
-def pack_arrived(total: int, *, at: float) -> bytes:
-    """`at`: seconds of our own clock, whose zero is anywhere."""
-    return pack(ARRIVED, 0, _ARRIVED.pack(total, at))
+def pack_arrived(total: int, *, at: float, share: float) -> bytes:
+    """`at`: seconds of our own clock, whose zero is anywhere; `share`: bytes a second, 0: not known."""
+    return pack(ARRIVED, 0, _ARRIVED.pack(total, at, share))
 
 
-def parse_arrived(payload: bytes) -> tuple[int, float]:
-    """(bytes that have arrived, when by the other side's clock). Raises BadMessage."""
+def parse_arrived(payload: bytes) -> tuple[int, float, float]:
+    """(bytes that have arrived, when by the other side's clock, its share of the line in bytes a second). Raises
+    BadMessage."""
     if len(payload) != _ARRIVED.size:
         raise BadMessage("a number of arrived bytes that is none")
-    total, at = _ARRIVED.unpack(payload)
+    total, at, share = _ARRIVED.unpack(payload)
     if not math.isfinite(at):
         raise BadMessage("bytes that arrived at no time")
-    return int(total), float(at)
+    if not 0 <= share < math.inf:  # false for NaN too
+        raise BadMessage("an impossible share of a line")
+    return int(total), float(at), float(share)
 
 
 def pack_head(head: dict[str, Any]) -> bytes:

@@ -19,6 +19,7 @@ from typing import Any
 
 from swarm.errors import BadMessage, NetworkError, PeerGone, PeerRefused
 from swarm.network import frames
+from swarm.network.line import Line
 from swarm.network.pacing import ACK_BYTES, STEADY_BYTES, Pacing
 
 STALL_S = 20.0
@@ -93,13 +94,16 @@ class Link:
     def __init__(
         self, peer_id: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, methods: dict[str, Method],
         observed_maddr: str = "", *, dialled: bool = False, budget: Budget | None = None,
+        lines: tuple[Line, Line] | None = None,
     ) -> None:
+        """`lines`: this machine's up and down, which it shares with other links."""
         self.peer_id = peer_id
         self.observed_maddr = observed_maddr
         self.bytes_sent = self.bytes_received = 0
         self.greeted = False
         """both sides have said hello; until then the one that dialled may ask for nothing else"""
         self._dialled, self._budget = dialled, budget or Budget()
+        self._up, self._down = lines or (Line(), Line())
         self.session = ""
         self.last_heard = asyncio.get_running_loop().time()
         self._reader, self._writer, self._methods = reader, writer, methods
@@ -249,7 +253,7 @@ class Link:
         piece = self._bulk.popleft()
         self._unqueue(piece)
         self.pacing.is_steady = piece.steady and not self._hurried_bytes
-        self.pacing.on_sent(len(piece.part), now=now)
+        self.pacing.on_sent(len(piece.part), now=now, own_share=self._up.share(self, now=now))
         leaving = self._leaving.get(piece.call) if piece.kind == frames.REQUEST_BODY and piece.last else None
         if leaving is not None and not leaving.done():
             leaving.set_result(None)
@@ -276,8 +280,7 @@ class Link:
                 elif kind == frames.CANCEL:
                     self._on_cancel(call)
                 elif kind == frames.ARRIVED:
-                    total, there_at = frames.parse_arrived(payload)
-                    self.pacing.on_arrived(total, there_at=there_at, now=self.last_heard)
+                    self._on_arrived(*frames.parse_arrived(payload))
                     self._wake.set()
                 else:
                     self._on_answer(kind, call, payload)
@@ -290,11 +293,18 @@ class Link:
             log.exception("closing the link to %s", self.peer_id)
             self.close("internal error")
 
+    def _on_arrived(self, total: int, there_at: float, share: float) -> None:
+        before, self.pacing.told_share = self.pacing.arrived, share
+        self.pacing.on_arrived(total, there_at=there_at, now=self.last_heard)
+        self._up.passed(self, self.pacing.arrived - before, now=self.last_heard)
+
     def _count_body(self, size: int) -> None:
         self._bodies_received += size
+        self._down.passed(self, size, now=self.last_heard)
         if self._bodies_received - self._acknowledged >= ACK_BYTES:
             self._acknowledged = self._bodies_received
-            self._urgent.append(frames.pack_arrived(self._bodies_received, at=self.last_heard))
+            share = self._down.share(self, now=self.last_heard)
+            self._urgent.append(frames.pack_arrived(self._bodies_received, at=self.last_heard, share=share))
             self._wake.set()
 
     def _on_request(self, call: int, payload: bytes) -> None:

@@ -40,6 +40,9 @@ queue"""
 STEADY_TARGET_S, STEADY_PACE, STEADY_BYTES = 0.03, 1.05, 256 * 1024
 """for bodies that come one after another, from this size on: what is taken for a queue by mistake costs a stream less
 than a lost packet. With 0.02 s it was 0.77"""
+PROBE, PROBE_AFTER_S = 1.25, 1.0
+"""A stream keeps to its share of the lines (line.py) while it finds a queue on its way; else it goes so many times as
+fast, because a share is only known as far as the line was ever full"""
 DELAY_MEMORY_S = 30.0
 GROWTH = 0.25
 """a round trip, once the path has been full: doubling again would add a whole round trip of delay each time"""
@@ -81,6 +84,8 @@ class Pacing:
         """that arrive at the other side: the most of the last seconds"""
         self.is_steady = False
         """what is sent now comes one after another"""
+        self.told_share = 0.0
+        """of the receiver's line, bytes a second, as it says; 0: it does not know"""
         self.sent = self.arrived = 0
         self.progress_at = float("-inf")
         """when something arrived last, or when bytes were sent after a pause"""
@@ -90,6 +95,7 @@ class Pacing:
         self._delays: deque[tuple[float, float]] = deque()
         self._rates: deque[tuple[float, float]] = deque()
         self._limited = self._was_full = False
+        self._queued_at = float("-inf")
         self._round_trip_ends = self._flat = 0
         self._best = self._reference = 0.0
         """rates: of this round trip, and the one that it must exceed"""
@@ -106,13 +112,18 @@ class Pacing:
         """How long the next bytes should wait although there is room for them; 0: not at all."""
         return max(0.0, self._free_at - now)
 
-    def on_sent(self, size: int, *, now: float) -> None:
+    def on_sent(self, size: int, *, now: float, own_share: float = 0.0) -> None:
+        """`own_share`: of this machine's line, bytes a second (line.py); 0: not known."""
         if self.sent - self.arrived < ACK_BYTES:  # idle until now, so TCP starts anew, and the rate is measured anew
             self.progress_at, self._there_at = now, None
             self._flat, self._best, self._reference = 0, 0.0, 0.0
             self._round_trip_ends = self.sent + size
         self.sent += size
-        if self._was_full:  # after a pause too little is measured, so what was measured of a full path counts, too
+        shares = [share for share in (own_share, self.told_share) if share > 0]
+        if self.is_steady and shares:
+            pace = min(shares) if now - self._queued_at < PROBE_AFTER_S else PROBE * min(shares)
+            self._free_at = max(self._free_at, now - BURST_S) + size / max(pace, SLOWEST)
+        elif self._was_full:  # after a pause too little is measured, so what was measured of a full path counts, too
             pace = (STEADY_PACE if self.is_steady else PACE) * max(self.bytes_per_s, self._full_rate, SLOWEST)
             self._free_at = max(self._free_at, now - BURST_S) + size / pace
         self._marks.append(_Mark(self.sent, now, self.arrived, self._there_at))
@@ -138,6 +149,7 @@ class Pacing:
         empty_s = max(0.0, rtt_s - queue_s)  # the round trip without what our own bytes add to it
         target_s = STEADY_TARGET_S if self.is_steady else TARGET_S
         if queue_s > target_s:
+            self._queued_at = now
             if self._flat >= FLAT_ROUND_TRIPS:
                 self._was_full, self._full_rate = True, self.bytes_per_s
                 self._resize(int(self.bytes_per_s * (empty_s + target_s / 2)))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import shutil
+import time
 from collections.abc import Callable, Coroutine, Iterable
 from typing import Any
 
@@ -32,6 +33,8 @@ class Arrival:
         self._publishing: asyncio.Task[None] | None = None
         """kept, because a loop holds its tasks weakly"""
         self.situation = reachability.judge([], port=0)
+        self.situated_s = 0.0
+        """how long it took to find that out"""
 
     def connect(self) -> None:
         """Start networking. Raises JoinError (nobody answers, clock off, identity in use) or NetworkError (port)."""
@@ -63,44 +66,58 @@ class Arrival:
         if port_now is not None and not config.listen:
             home.remember_listen_port(port_now)
 
-    async def situate(self, run: RunConfig) -> None:
-        """Find out from other peers whether they can dial this one. Sets `situation`."""
-        network, port = self._network, self._port()
+    async def arrive(self, run: RunConfig, my_status: Callable[[], Status]) -> int:
+        """Start the directory, wait a moment for the others' word, and find out from them whether they can dial this
+        peer (`situation`): at the same time, for each round trip is one that this peer does not work. Returns how many
+        there are."""
+        network = self._network
+        network.start_directory(run_id=run.run_id, my_status=my_status)
+        network.directory.on_new_address = self._remember
+        for peer_id in self._answered:
+            network.directory.meet(peer_id, [maddr for maddr in self._ways_in if maddr.endswith(peer_id)])
+        others, _ = await asyncio.gather(self._meet(run), self._situate(run))
+        publishing = join.publish_run(network.dht, run, others, network.peer_id)
+        if others:  # they have published it
+            self._publishing = asyncio.create_task(_quietly(publishing))
+        else:
+            await publishing
+        return len(others)
+
+    async def _situate(self, run: RunConfig) -> None:
+        network, began = self._network, time.monotonic()
         statuses = await network.dht.statuses(run.run_id)
         public = {p: s.maddrs for p, s in statuses.items() if s.maddrs and s.reach in (reachability.PUBLIC, "")}
         for peer_id, maddrs in list(public.items())[:reachability.MAX_ASKED]:
             with contextlib.suppress(NetworkError):
                 await network.endpoint.link_to(peer_id, maddrs=maddrs)
         asked = list(dict.fromkeys([*public, *self._answered]))
-        self.situation = await reachability.ask(network.endpoint, asked, port=port)
-
-    async def meet(self, run: RunConfig, my_status: Callable[[], Status]) -> int:
-        """Start the directory and wait a moment for the others' word; returns how many there are."""
-        network = self._network
-        network.start_directory(run_id=run.run_id, my_status=my_status)
-        network.directory.on_new_address = self._remember
+        self.situation = await reachability.ask(network.endpoint, asked, port=self._port())
         network.directory.reach = self.situation.reach
-        for peer_id in self._answered:
-            network.directory.meet(peer_id, [maddr for maddr in self._ways_in if maddr.endswith(peer_id)])
-        await network.directory.refresh()
+        self.situated_s = time.monotonic() - began
+
+    async def _meet(self, run: RunConfig) -> list[str]:
+        """Whose word has come."""
+        network = self._network
+        directory = network.directory
+        await asyncio.gather(directory.refresh(), self._ask(directory.known()))
+        asked = [peer_id for peer_id in directory.known() if peer_id not in directory.alive()]  # those in the DHT alone
         deadline = asyncio.get_running_loop().time() + MEET_S
         while asyncio.get_running_loop().time() < deadline:
-            await asyncio.gather(*(network.directory.tell(peer_id) for peer_id in network.directory.known()))
-            alive = network.directory.alive()
+            await self._ask(asked)
+            alive = directory.alive()
             if not self._answered or covers(alive.values(), run.fragments):
                 break
             if alive and all(status.role == "rendezvous" for status in alive.values()):
                 break
             await asyncio.sleep(0.3)
+            asked = directory.known()  # the others, too, may have more to say by now
         for maddr in self._ways_in:  # who is silent now may come back a moment later, as in a swarm that restarts
-            network.directory.meet(peer_id_of(maddr), [maddr])
-        others = list(network.directory.alive())
-        publishing = join.publish_run(network.dht, run, others, network.peer_id)
-        if others:  # they have published it, and each round trip is one that this peer does not work
-            self._publishing = asyncio.create_task(_quietly(publishing))
-        else:
-            await publishing
-        return len(others)
+            directory.meet(peer_id_of(maddr), [maddr])
+        return list(directory.alive())
+
+    async def _ask(self, peer_ids: Iterable[str]) -> None:
+        """What they have to say of themselves."""
+        await asyncio.gather(*(self._network.directory.tell(peer_id) for peer_id in peer_ids))
 
     def own_maddrs(self) -> list[str]:
         """Where others may dial this peer; none where they cannot."""

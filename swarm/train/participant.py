@@ -125,13 +125,9 @@ class Participant:
         base = run_source.remember_base(self.run, self._folder, config.base)
         self.config = config = dataclasses.replace(config, base=base)
         self._on_run(self._folder)
-        situating = time.monotonic()
-        self.network.run(arrival.situate(self.run))
-        situated = time.monotonic()
-        peers = self.network.run(arrival.meet(self.run, self.status))
-        began += situated - situating
+        peers = self.network.run(arrival.arrive(self.run, self.status))
         self._check("network", f"run {self.run.run_id}, " + _count(peers, "other peer"), began)
-        self._check("reachable", arrival.situation.text, time.monotonic() - (situated - situating))
+        self._check("reachable", arrival.situation.text, time.monotonic() - arrival.situated_s)
         if config.role == "trainer":
             began = time.monotonic()
             if self.held is None:

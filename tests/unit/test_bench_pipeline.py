@@ -202,8 +202,8 @@ def test_a_stages_command_is_the_products_with_other_parts_in_it(tmp_path: Path)
 
 def test_everybody_gets_killed_in_turn_but_for_who_holds_a_stage_alone() -> None:
     parts = [(0, 2), (2, 4), (4, 6), (0, 2), (2, 4)]
-    faults = pipeline_churn.kills(parts, seed=1, seconds=300.0, every_s=30.0)
-    assert faults == pipeline_churn.kills(parts, seed=1, seconds=300.0, every_s=30.0)
+    faults = pipeline_churn.kills(parts, seed=1, seconds=300.0, every_s=30.0, down_s=2.0)
+    assert faults == pipeline_churn.kills(parts, seed=1, seconds=300.0, every_s=30.0, down_s=2.0)
     assert [fault.at_s for fault in faults] == [15.0 + 30 * index for index in range(10)]
     victims = [fault.numbers[0] for fault in faults]
     assert sorted(victims[:4]) == sorted(victims[4:8]) == [0, 1, 3, 4]
@@ -267,7 +267,7 @@ def test_capacity_is_that_of_the_scarcest_stage() -> None:
 
 def test_the_churn_table_shows_one_number_where_all_fragments_have_it() -> None:
     row = {
-        "topology": "home-100", "peers": 6, "kills": 9, "every_s": 30.0, "calm_tokens_per_s": 3000.0,
+        "topology": "home-100", "peers": 6, "kills": 9, "every_s": 30.0, "start": "fork", "calm_tokens_per_s": 3000.0,
         "stormy_tokens_per_s": 2700.0, "kept": 0.9, "capacity_kept": 0.8, "reroutes": 7, "reroutes_unexplained": 1,
         "noticed_p50_s": 0.1, "noticed_p95_s": 0.2, "reroute_p50_s": 0.9, "reroute_p95_s": None,
         "lost_tokens": [0, 0], "twice_tokens": [0, 0], "gone_tokens": [256, 512], "ended_by_themselves": ["peer 1: x"],
@@ -276,6 +276,9 @@ def test_the_churn_table_shows_one_number_where_all_fragments_have_it() -> None:
     text = pipeline.table({"churn": result})
     assert "| 0.90 | 0.80 | 7 | 0.10 / 0.20 | 0.90 / - | 0 | 0 | 256, 512 |" in text
     assert "peer 1: x" in text and "1 more reroutes away from peers that were not dead" in text and "PADDED" in text
+    assert "forked again 0.1 s later" in text and "--restart" in text
+    by_hand = pipeline.table({"churn": {**result, "rows": [{**row, "start": "load"}]}})
+    assert "started again 2 s later" in by_hand and "SLEEPS for 4.5 s" in by_hand
 
 
 # ---- the program ----

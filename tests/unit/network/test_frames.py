@@ -179,12 +179,17 @@ def test_we_never_send_what_others_would_refuse():
 
 
 def test_what_has_arrived_and_when():
-    assert frames.parse_arrived(frames.pack_arrived(2**40, at=-1.5)[frames.HEADER_BYTES:]) == (2**40, -1.5)
+    sent = frames.pack_arrived(2**40, at=-1.5, share=6e6)
+    assert frames.parse_arrived(sent[frames.HEADER_BYTES:]) == (2**40, -1.5, 6e6)
 
 
 @pytest.mark.parametrize("payload", [
-    b"", bytes(8), bytes(17), struct.pack("!Qd", 1, float("nan")), struct.pack("!Qd", 1, float("inf")),
+    b"", bytes(8), bytes(16), bytes(25), *(
+        struct.pack("!Qdd", 1, at, share) for at, share in (
+            (float("nan"), 1.0), (float("inf"), 1.0), (0.0, float("nan")), (0.0, float("inf")), (0.0, -1.0),
+        )
+    ),
 ])
-def test_bytes_that_arrived_at_no_time_are_refused(payload):
+def test_bytes_that_arrived_at_no_time_and_shares_of_no_line_are_refused(payload):
     with pytest.raises(BadMessage):
         frames.parse_arrived(payload)

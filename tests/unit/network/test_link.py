@@ -83,7 +83,7 @@ def test_heads_overtake_bulk_bodies():
                 seen.append((kind, call, len(payload)))
                 if kind == frames.REQUEST_BODY:
                     arrived += len(payload)
-                    writer.write(frames.pack_arrived(arrived, at=0.0))
+                    writer.write(frames.pack_arrived(arrived, at=0.0, share=0.0))
             heads = [position for position, frame in enumerate(seen) if frame[0] == frames.REQUEST]
             assert heads == [0, 1]
             assert sum(size for kind, _, size in seen if kind == frames.REQUEST_BODY) == 8 * MB
@@ -394,7 +394,7 @@ def test_bodies_wait_for_the_other_side_and_heads_do_not():
                 assert kind == frames.REQUEST
                 writer.write(frames.pack(frames.ANSWER, call, frames.pack_head({"h": {}, "n": 0})))
                 await beat
-            writer.write(frames.pack_arrived(got, at=0.0))
+            writer.write(frames.pack_arrived(got, at=0.0, share=0.0))
             kind, _, payload = await read_frame(reader)
             assert kind == frames.REQUEST_BODY
             tensor.cancel()

@@ -139,7 +139,7 @@ def test_answers_that_are_not_taken_wait_with_their_handlers(monkeypatch):
                 kind, _, payload = await read_frame(reader)
                 if kind == frames.ANSWER_BODY:
                     received += len(payload)
-                    writer.write(frames.pack_arrived(received, at=0.0))
+                    writer.write(frames.pack_arrived(received, at=0.0, share=0.0))
             await soon(lambda: not ours._answering)
             assert ours._queued_bytes == 0
 

@@ -6,7 +6,19 @@ from collections import deque
 
 import pytest
 
-from swarm.network.pacing import ACK_BYTES, BURST_S, MAX_WINDOW, MIN_WINDOW, PACE, STEADY_PACE, TARGET_S, Pacing
+from swarm.network.pacing import (
+    ACK_BYTES,
+    BURST_S,
+    MAX_WINDOW,
+    MIN_WINDOW,
+    PACE,
+    PROBE,
+    PROBE_AFTER_S,
+    SLOWEST,
+    STEADY_PACE,
+    TARGET_S,
+    Pacing,
+)
 
 FRAME = 64 * 1024
 
@@ -233,6 +245,45 @@ def test_a_stream_is_let_go_with_more_care_and_fills_the_path_all_the_same():
         pacing.on_sent(10 * FRAME, now=1000.0)
         pauses.append(pacing.wait_s(1000.0) + BURST_S)
     assert pauses[1] / pauses[0] == pytest.approx(PACE / STEADY_PACE)
+
+
+def pause_of(pacing, *, now, **shares):
+    """Seconds that a frame's sending asks for, after a pause."""
+    pacing.on_sent(FRAME, now=now, **shares)
+    return pacing.wait_s(now) + BURST_S
+
+
+@pytest.mark.parametrize(("own", "told", "kept_to"), [
+    (2e6, 0.0, 2e6), (0.0, 2e6, 2e6), (2e6, 3e6, 2e6), (3e6, 2e6, 2e6), (1.0, 3e6, SLOWEST), (1e6, 1e-9, SLOWEST),
+])
+def test_a_stream_keeps_to_its_share_of_the_narrower_line(own, told, kept_to):
+    pacing = Pacing()
+    pacing.is_steady, pacing.told_share = True, told
+    pace = FRAME / pause_of(pacing, now=1000.0, own_share=own)
+    assert pace == pytest.approx(max(PROBE * min(filter(None, (own, told))), SLOWEST))
+    assert 0.999 * kept_to <= pace <= 1.001 * PROBE * kept_to
+
+
+def test_a_share_is_exceeded_only_while_nothing_waits_on_the_way():
+    """Or a line that was never full would stay as narrow as it was found."""
+    pacing = Pacing()
+    pacing.is_steady = True
+    free = pause_of(pacing, now=0.0, own_share=1e6)
+    pacing.on_arrived(FRAME, there_at=0.0, now=0.1)
+    queued = [pause_of(pacing, now=1.0, own_share=1e6)]
+    pacing.on_arrived(2 * FRAME, there_at=1.5, now=1.6)  # half a second later than the quickest
+    queued.append(pause_of(pacing, now=1.7, own_share=1e6))
+    pacing.on_arrived(3 * FRAME, there_at=1.7, now=1.8)
+    later = pause_of(pacing, now=1.6 + PROBE_AFTER_S, own_share=1e6)
+    assert [free, queued[0], later] == pytest.approx([FRAME / (PROBE * 1e6)] * 3)
+    assert queued[1] == pytest.approx(FRAME / 1e6)
+
+
+def test_a_body_of_a_round_does_not_keep_to_shares():
+    pacing = Pacing()
+    pacing.told_share = 1e6
+    pacing.on_sent(FRAME, now=0.0, own_share=1e6)
+    assert pacing.wait_s(0.0) == 0.0
 
 
 def test_a_pause_is_not_taken_for_a_slow_path():

@@ -8,34 +8,45 @@ from typing import Any
 
 import pytest
 
+from swarm.network import reachability
 from swarm.network.records import Head, Status
 from swarm.train import arrival
 from swarm.train.arrival import Arrival, covers
 from tests.unit.averaging.simulation import play
 
 PUBLISHING_S = 9.0
+RUN = SimpleNamespace(run_id="r", fragments=2)
+RTT_S = 0.1
+REACHED_S = 0.25
+"""seconds in which a peer that was called has found out whether others can dial it"""
 
 
 class Directory:
-    """Of peers that have all told their status."""
+    """Of peers that tell their status when they are asked, which takes as long as finding them in the DHT."""
 
-    def __init__(self, alive: dict[str, Status]) -> None:
-        self._alive, self.told, self.met = alive, list[str](), list[str]()
+    def __init__(self, others: dict[str, Status], *, in_dht: bool = True) -> None:
+        self._others, self._in_dht = others, in_dht
+        self.reach = ""
+        self.told, self.met = list[str](), list[str]()
 
     def alive(self) -> dict[str, Status]:
-        return self._alive
+        return {peer_id: self._others[peer_id] for peer_id in self.told if peer_id in self._others}
 
     def known(self) -> list[str]:
-        return list(self._alive)
+        return self.met
 
     def meet(self, peer_id: str, maddrs: list[str]) -> None:
-        self.met.append(peer_id)
+        if peer_id not in self.met:
+            self.met.append(peer_id)
 
     async def tell(self, peer_id: str) -> None:
+        await asyncio.sleep(RTT_S)
         self.told.append(peer_id)
 
     async def refresh(self) -> None:
-        await asyncio.sleep(0.1)
+        await asyncio.sleep(RTT_S)
+        for peer_id in self._others if self._in_dht else ():
+            self.meet(peer_id, [])
 
 
 def holder(serving: list[int]) -> Status:
@@ -44,18 +55,85 @@ def holder(serving: list[int]) -> Status:
     return Status(run_id="toy-0123456789ab", name="n", role="trainer", heads=heads, serving=serving)
 
 
-async def met(monkeypatch: pytest.MonkeyPatch, alive: dict[str, Status], publish: Any) -> tuple[int, float]:
-    """(others, seconds until we knew)."""
+class Dht:
+    def __init__(self, others: dict[str, Status]) -> None:
+        self._others = others
+
+    async def statuses(self, run_id: str) -> dict[str, Status]:
+        await asyncio.sleep(RTT_S)
+        return self._others
+
+
+def arriving(
+    monkeypatch: pytest.MonkeyPatch, others: dict[str, Status], publish: Any, *, answered: tuple[str, ...] = (),
+    in_dht: bool = True,
+) -> tuple[Arrival, Directory]:
+    """`answered`: those of the initial peers that did."""
+    async def ask(endpoint: Any, peers: list[str], *, port: int | None) -> reachability.Situation:
+        await asyncio.sleep(REACHED_S)
+        return reachability.Situation(reachability.PUBLIC, f"as {len(peers)} see it")
+
     monkeypatch.setattr(arrival.join, "publish_run", publish)
-    directory = Directory(alive)
+    monkeypatch.setattr(arrival.reachability, "ask", ask)
+    directory = Directory(others, in_dht=in_dht)
     network = SimpleNamespace(
-        peer_id="me", dht=None, directory=directory, start_directory=lambda **options: None,
+        peer_id="me", dht=Dht(others), directory=directory, start_directory=lambda **options: None, maddrs=[],
+        endpoint=None,
     )
     made = Arrival(SimpleNamespace(), SimpleNamespace(), network)  # type: ignore[arg-type]
+    made._answered = list(answered)
+    return made, directory
+
+
+async def met(monkeypatch: pytest.MonkeyPatch, others: dict[str, Status], publish: Any) -> tuple[int, float]:
+    """(others, seconds until we knew)."""
+    made, directory = arriving(monkeypatch, others, publish)
     began = asyncio.get_running_loop().time()
-    count = await made.meet(SimpleNamespace(run_id="r", fragments=2), lambda: holder([0, 1]))  # type: ignore[arg-type]
-    assert directory.told == list(alive)
+    count = await made.arrive(RUN, lambda: holder([0, 1]))  # type: ignore[arg-type]
+    assert sorted(directory.told) == sorted(others)
     return count, asyncio.get_running_loop().time() - began
+
+
+async def nothing(*_: Any) -> None:
+    """Publishing."""
+
+
+def test_the_others_are_met_while_they_find_out_whether_this_peer_can_be_dialled(
+    monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def story() -> None:
+        others = {"a": holder([0, 1]), "b": holder([1, 2])}
+        made, directory = arriving(monkeypatch, others, nothing, answered=("a",))
+        began = asyncio.get_running_loop().time()
+        assert await made.arrive(RUN, lambda: holder([0, 1])) == 2  # type: ignore[arg-type]
+        assert asyncio.get_running_loop().time() - began == pytest.approx(RTT_S + REACHED_S)
+        assert directory.reach == made.situation.reach == reachability.PUBLIC and "as 1 see it" in made.situation.text
+        assert made.situated_s >= 0 and directory.told == ["a", "b"]  # each once: "a" while the DHT was read
+
+    play(story())
+
+
+def test_who_has_not_heard_of_every_fragment_asks_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where a swarm starts at once: those who are there have no state yet."""
+    async def story() -> None:
+        others = {"a": holder([0, 1])}
+        made, directory = arriving(monkeypatch, others, nothing, answered=("a",))
+        asyncio.get_running_loop().call_later(1.0, lambda: others.update(a=holder([0, 2])))
+        began = asyncio.get_running_loop().time()
+        assert await made.arrive(RUN, lambda: holder([0, 1])) == 1  # type: ignore[arg-type]
+        assert 1.0 < asyncio.get_running_loop().time() - began < 2.0 and len(directory.told) > 2
+
+    play(story())
+
+
+def test_who_hears_of_no_more_goes_on_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def story() -> None:
+        made, _ = arriving(monkeypatch, {"a": holder([0, 1])}, nothing, answered=("a",), in_dht=False)
+        began = asyncio.get_running_loop().time()
+        assert await made.arrive(RUN, lambda: holder([0, 1])) == 1  # type: ignore[arg-type]
+        assert arrival.MEET_S <= asyncio.get_running_loop().time() - began < arrival.MEET_S + 1.0
+
+    play(story())
 
 
 @pytest.mark.parametrize("fails", [False, True])
