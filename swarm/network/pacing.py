@@ -19,7 +19,8 @@ Bodies that come one after another for hours, as microbatches do, are let go mor
 queues of the routers at either end, and on lines that are full both ways TCP lost packets there and then sent too
 little for seconds, which held up the whole chain: four stages on `home-100` made 0.65 of what the line allows, and 0.70
 to 0.79 so. (Letting them go at a little more than their mean rate gave 0.80 in some runs and 0.63 in others: then every
-link is nearly a bottleneck, at whatever rate the chain is. Links held by hand to half the line's rate: 0.81.)
+link is nearly a bottleneck, at whatever rate the chain is. Links held by hand to half the line's rate: 0.81.) Once both
+sides know what their lines carry, a stream keeps to its share of them instead: line.py.
 
 Pure: the clock is an argument, so a link, a test and a simulation run the same code.
 """
