@@ -18,9 +18,9 @@ from collections.abc import Callable, Sequence
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 
-LOADED = [
-    "swarm.peer", "swarm.monitor.console", "swarm.monitor.journal", "swarm.train.participant", "swarm.train.text"
-]
+from swarm.restart import LIBRARIES
+
+LOADED = ["swarm.peer", *LIBRARIES]
 
 _context = get_context("forkserver")
 _context.set_forkserver_preload(LOADED)

@@ -12,6 +12,7 @@ Pure: the clock is an argument.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Hashable
 
@@ -22,8 +23,9 @@ GAP_S = 0.05
 WINDOWS = 200
 RARE = 0.05
 """of the measurements are faster than what the line can carry: bytes that had waited for a busy processor"""
-ACTIVE_S = 2.0
-"""a stream counts for so long after its last byte: microbatches follow each other in less"""
+MEMORY_S, STREAM_BYTES = 2.0, 256 * 1024
+"""A stream counts while the bytes that it brought, each weighing less the longer ago it came (to a third in the first),
+are so many: microbatches follow each other sooner, and who only trickles takes no share from others"""
 
 
 class Line:
@@ -35,11 +37,12 @@ class Line:
         self._rates: deque[float] = deque(maxlen=WINDOWS)
         self._began = self._last = float("-inf")
         self._bytes = 0
-        self._active: dict[Hashable, float] = {}
+        self._brought: dict[Hashable, tuple[float, float]] = {}
+        """stream -> (weighed bytes, when that was)"""
 
     def passed(self, stream: Hashable, size: int, *, now: float) -> None:
         """So many bytes have just come to their end."""
-        self._active[stream] = now
+        self._brought[stream] = self._weighed(stream, now) + size, now
         if now - self._last > GAP_S:
             self._measure()
             self._began = now  # when they began is not known: what counts is what follows
@@ -52,8 +55,13 @@ class Line:
 
     def share(self, stream: Hashable, *, now: float) -> float:
         """Bytes a second; 0: not known."""
-        self._active = {other: at for other, at in self._active.items() if now - at < ACTIVE_S}
-        return self.bytes_per_s / len(self._active.keys() | {stream})
+        self._brought = {other: said for other, said in self._brought.items() if now - said[1] < 10 * MEMORY_S}
+        busy = {other for other in self._brought if self._weighed(other, now) >= STREAM_BYTES}
+        return self.bytes_per_s / len(busy | {stream})
+
+    def _weighed(self, stream: Hashable, now: float) -> float:
+        weighed, at = self._brought.get(stream, (0.0, now))
+        return weighed * math.exp((at - now) / MEMORY_S)
 
     def _measure(self) -> None:
         took_s = self._last - self._began

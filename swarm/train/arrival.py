@@ -97,8 +97,7 @@ class Arrival:
 
     async def _meet(self, run: RunConfig) -> list[str]:
         """Whose word has come."""
-        network = self._network
-        directory = network.directory
+        directory = self._network.directory
         await asyncio.gather(directory.refresh(), self._ask(directory.known()))
         asked = [peer_id for peer_id in directory.known() if peer_id not in directory.alive()]  # those in the DHT alone
         deadline = asyncio.get_running_loop().time() + MEET_S

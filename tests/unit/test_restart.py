@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -141,7 +140,3 @@ def test_where_nothing_can_be_forked_it_says_so(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.delattr(os, "fork")
     with pytest.raises(ConfigError, match="--restart"):
         restart.watch(PeerConfig(), lambda config, on_ready: 0)
-
-
-def test_what_is_loaded_beforehand_is_there() -> None:
-    assert all(name in sys.modules or __import__(name) for name in restart.LIBRARIES)

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from swarm.network.line import ACTIVE_S, GAP_S, RARE, WINDOW_S, WINDOWS, Line
+from swarm.network.line import GAP_S, MEMORY_S, RARE, STREAM_BYTES, WINDOWS, Line
 
 FRAME = 64 * 1024
 LINE = 6e6
@@ -57,8 +57,20 @@ def test_who_has_sent_nothing_for_a_while_has_no_share_any_more() -> None:
     end = body(line, size=2**22, bytes_per_s=LINE, start=0.0, stream="gone")
     end = body(line, size=2**22, bytes_per_s=LINE, start=end, stream="here")
     assert line.share("here", now=end) == line.bytes_per_s / 2
-    assert line.share("here", now=end + ACTIVE_S - WINDOW_S) == line.bytes_per_s
-    assert line.share("anybody", now=end + 100 * ACTIVE_S) == line.bytes_per_s, "what is known of the line stays"
+    assert line.share("new", now=end + MEMORY_S) == line.bytes_per_s / 3
+    assert line.share("anybody", now=end + 100 * MEMORY_S) == line.bytes_per_s, "what is known of the line stays"
+
+
+@pytest.mark.parametrize("bytes_each_s", [1, STREAM_BYTES // 4])
+def test_strangers_who_trickle_take_no_share_from_a_stream(bytes_each_s: int) -> None:
+    line, now = Line(), 0.0
+    for second in range(60):
+        now = body(line, size=2**22, bytes_per_s=LINE, start=float(second))
+        for stranger in range(50):
+            line.passed(f"stranger {stranger}", bytes_each_s, now=now)
+    assert line.share("a", now=now) == line.bytes_per_s
+    assert len(line._brought) == 51
+    assert line.share("a", now=now + 100 * MEMORY_S) and not line._brought, "nobody is remembered for good"
 
 
 def test_a_line_that_was_seldom_full_is_known_by_its_best_hours() -> None:
