@@ -296,17 +296,18 @@ def test_another_peer_at_the_address_is_not_taken_for_the_one_we_want(nets):
 
 def test_the_death_of_a_peer_ends_its_calls_at_once_and_is_told(nets):
     one, two = nets.start("one"), nets.start("two")
-    closed = []
+    closed, asked = [], []
     one.endpoint.on_link_closed = closed.append
 
     async def forever(link, header, body):
+        asked.append(link.peer_id)
         await asyncio.Event().wait()
 
     two.endpoint.on("forever", forever)
     future = one.submit(
         one.endpoint.call(two.peer_id, "forever", deadline_s=3600, maddrs=two.maddrs)
     )
-    until(lambda: any(link._answering for link in two.endpoint._all_links()))
+    until(lambda: asked == [one.peer_id])  # not merely a link that answers: that may be the hello, and no link yet
     p2pd_of(two).kill()
     with pytest.raises(PeerGone):
         future.result(PATIENCE_S)
