@@ -44,7 +44,7 @@ from swarm.pipeline.compute import StageCompute
 from swarm.pipeline.messages import Bits, Gradient, Hop, Microbatch, Verdict, Working
 from swarm.pipeline.onward import AGAIN_S, WORKING_S, Calls, Handover, Onward, Shape
 from swarm.pipeline.routing import Holder, Router
-from swarm.pipeline.work import BACKWARD, FORWARD, GUEST, OWN, VERDICT, Work
+from swarm.pipeline.work import BACKWARD, FORWARD, GUEST, OWN, REPAIR, VERDICT, Work
 
 FORGET_S = 120.0
 ORPHAN_S = 10.0
@@ -247,7 +247,8 @@ class Chain:
                 raise PeerRefused(f"version {asked.version} did not come within {onward.NOBODY_S:.0f} s")
             await asyncio.sleep(AGAIN_S / 10)
         hop = Hop(peer_id=self._me, start=asked.start, end=entry.end)
-        urgency = GUEST if not asked.train else OWN if asked.origin == self._me else FORWARD
+        usual = REPAIR if asked.again else OWN if asked.origin == self._me else FORWARD
+        urgency = usual if asked.train else GUEST
         if entry.end == self.shape.num_fragments:
             def last() -> tuple[float, bytes]:
                 batch, values = read()

@@ -58,6 +58,8 @@ class Microbatch(Strict):
     """of all its sequences together, in the body; none: each sequence is one causal segment"""
     version: Annotated[int, Field(ge=0, le=2**40)] = 0
     """no fragment may be older than this (`sync` runs: one version a step)"""
+    again: bool = False
+    """somebody was asked for it already, here or further up, and died or fell silent: it has waited long enough"""
     known: Annotated[list[Hop], Field(max_length=MAX_HOPS)] = []
     """who has done, or is doing, the rest of it: they answer without doing it again"""
 

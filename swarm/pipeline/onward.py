@@ -182,6 +182,7 @@ class Onward:
                 if not isinstance(error, PeerRefused):
                     given_up.add(here.peer_id)
                     self.reroutes += 1
+                    going.microbatch = going.microbatch.model_copy(update={"again": True})
                 known = [hop for hop in going.rest if hop.peer_id not in failed]
 
     async def _go_on(

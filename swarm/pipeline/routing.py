@@ -55,7 +55,7 @@ class Estimate:
     asked_at: float = float("-inf")
     answered_at: float = float("-inf")
     failures: int = 0
-    """in a row"""
+    """in a row, those during a ban not counted"""
     banned_until: float = float("-inf")
 
 
@@ -142,11 +142,13 @@ class Router:
         known.answered_at = self._clock()
 
     def failed(self, peer_id: str) -> None:
-        """It is gone, or silent, or broke the protocol."""
+        """It is gone, or silent, or broke the protocol. All that it was asked fails with it, and that counts once: else
+        who is back after some seconds would be left alone for as long again as there were questions."""
         known = self.of(peer_id)
         known.outstanding -= 1
-        known.banned_until = self._clock() + min(FIRST_BAN_S * 2**known.failures, LONGEST_BAN_S)
-        known.failures += 1
+        if not self.is_banned(peer_id):
+            known.banned_until = self._clock() + min(FIRST_BAN_S * 2**known.failures, LONGEST_BAN_S)
+            known.failures += 1
 
     def refused(self, peer_id: str) -> None:
         """It is alive and said no, as when it has too much to do: no fault, but others come first for a moment."""

@@ -1,7 +1,8 @@
 """The training thread's work: what the network's event loop wants computed, the most urgent first.
 
 Gradients that come back go before new microbatches, and verdicts before both: what is nearly done frees memory, here
-and at all the peers that wait for it.
+and at all the peers that wait for it. Microbatches whose peer has died go before those that have waited for nothing:
+at the end of the queue of whoever is left, they would hold up their whole chain once more.
 
 Guests' questions (a loss, logits: nothing is learnt from them) come last, but not never: while there is other work they
 get a tenth of the time that it takes, so that nobody can stop training by asking, and who asks a peer that is always
@@ -24,7 +25,7 @@ from typing import Any, Generic, Protocol, TypeVar
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
 
-VERDICT, BACKWARD, FORWARD, OWN, GUEST = range(5)
+VERDICT, BACKWARD, REPAIR, FORWARD, OWN, GUEST = range(6)
 """urgency: own new microbatches come after those of others, who wait for theirs; guests are who does not train"""
 GUEST_SHARE = 0.1
 """of the time of other work goes to guests where there is any"""

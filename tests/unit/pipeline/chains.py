@@ -57,6 +57,8 @@ class Processor:
 
     def __init__(self, peer: Peer, service_s: float) -> None:
         self._peer, self.service_s = peer, service_s
+        self.urgencies: set[int] = set()
+        """of what it was given"""
         self._busy = False
         self._waiting: list[tuple[int, int, asyncio.Future[None]]] = []
         self._number = 0
@@ -71,6 +73,7 @@ class Processor:
     async def _run(self, function: Callable[[], T], urgency: int) -> Done[T]:
         clock = asyncio.get_running_loop().time
         queued = clock()
+        self.urgencies.add(urgency)
         if self._busy:
             turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             self._number += 1

@@ -15,6 +15,7 @@ from swarm.errors import BadMessage, PeerRefused
 from swarm.pipeline import admission, onward, wire
 from swarm.pipeline import chain as chains
 from swarm.pipeline.messages import Bits, Hop, Microbatch, Verdict
+from swarm.pipeline.work import BACKWARD, FORWARD, OWN, REPAIR
 from tests.unit.averaging.simulation import play
 from tests.unit.pipeline.chains import Peer, World, finish, largest_error, sums
 from tests.unit.pipeline.toy import HIDDEN, LENGTH, VOCABULARY, in_one_process, microbatches
@@ -155,6 +156,28 @@ def test_a_death_is_repaired_by_the_neighbour_above_and_nothing_else_is_done_aga
         assert counts[0] == counts[2] == counts[3] == 1 and 1 <= counts[1] <= 2
         assert origin.lost_tokens == 0 and peers[0].chain.onward.reroutes == 1
         assert largest_error(sums(world), wanted) < 1e-5
+
+    play(story())
+
+
+@pytest.mark.parametrize("dies", [False, True])
+def test_what_was_asked_of_the_dead_goes_first_at_whoever_is_left_and_further_down(dies: bool) -> None:
+    async def story() -> None:
+        world = World(3, seed=18)
+        peers = [Peer(world, name, index, index + 1) for name, index in (("a", 0), ("b", 1), ("c", 1), ("d", 2))]
+        for peer in peers[1:3]:
+            peers[0].router.asked(peer.id)
+        peers[0].router.answered(peers[1].id, fragments=1, total_s=0.05, inside_s=0.05, service_s=0.05, queue=0)
+        peers[0].router.answered(peers[2].id, fragments=1, total_s=9.0, inside_s=9.0, service_s=9.0, queue=0)
+        if dies:
+            asyncio.get_running_loop().call_later(0.09, peers[1].kill)
+        await peers[0].chain.begin_own(0, Batch(microbatches(1, seed=18)[0]))
+        a, b, c, d = (peer.work.urgencies for peer in peers)
+        assert a == {OWN, BACKWARD}
+        if dies:
+            assert c == {REPAIR, BACKWARD} and d == {REPAIR}
+        else:
+            assert b == {FORWARD, BACKWARD} and d == {FORWARD} and not c
 
     play(story())
 

@@ -120,13 +120,28 @@ def test_who_fails_is_left_alone_ever_longer_and_forgiven_once_it_answers() -> N
     assert made.choose([A, B], 1) is A
 
 
+def test_all_that_a_dead_peer_was_asked_counts_once() -> None:
+    made, clock = router()
+    learn(made, "A", 0.1)
+    learn(made, "B", 9.0)
+    for _ in range(5):
+        made.asked("A")
+    for _ in range(5):
+        clock.now += 0.01
+        made.failed("A")
+    assert made.of("A").outstanding == 0 and made.of("A").failures == 1
+    clock.now += FIRST_BAN_S - 0.05
+    assert made.choose([A, B], 1) is B
+    clock.now += 0.02
+    assert made.choose([A, B], 1) is A, "it is back, and would have been left alone for 31 s"
+
+
 def test_a_banned_peer_is_better_than_nobody() -> None:
-    made, _ = router()
+    made, clock = router()
     for peer_id in "AB":
         made.asked(peer_id)
         made.failed(peer_id)
-    made.asked("B")
-    made.failed("B")
+        clock.now += 0.1
     assert made.choose([A, B], 1) is A, "the one whose ban ends first"
     assert made.choose([A, B], 1, excluded=["A", "B"]) is None and made.choose([], 1) is None
 

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from swarm.pipeline.work import BACKWARD, FORWARD, GUEST, GUEST_SAVINGS_S, OWN, VERDICT, WorkQueue
+from swarm.pipeline.work import BACKWARD, FORWARD, GUEST, GUEST_SAVINGS_S, OWN, REPAIR, VERDICT, WorkQueue
 
 
 def test_the_most_urgent_first_and_equals_in_their_order() -> None:
@@ -17,16 +17,18 @@ def test_the_most_urgent_first_and_equals_in_their_order() -> None:
         work = WorkQueue()
         asked = [
             work(lambda name=name: done.append(name), urgency=urgency)
-            for name, urgency in [("own", OWN), ("f1", FORWARD), ("b", BACKWARD), ("f2", FORWARD), ("v", VERDICT)]
+            for name, urgency in [
+                ("own", OWN), ("f1", FORWARD), ("b", BACKWARD), ("f2", FORWARD), ("r", REPAIR), ("v", VERDICT),
+            ]
         ]
-        assert work.queue == 5
+        assert work.queue == 6
         while work.run_next():
             pass
         await asyncio.gather(*asked)
         assert work.queue == 0 and not work.run_next()
 
     asyncio.run(story())
-    assert done == ["v", "b", "f1", "f2", "own"]
+    assert done == ["v", "b", "r", "f1", "f2", "own"]
 
 
 def test_times_are_told() -> None:
