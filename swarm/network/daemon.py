@@ -76,7 +76,7 @@ class Daemon:
                 [sys.executable, "-I", "-S", watchdog.__file__, str(runtime), program]
                 + [f"-{name}={value}" for name, value in arguments.items()],
                 stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
-                env={"GOMAXPROCS": str(_num_processors()), **os.environ, "GOLOG_LOG_LEVEL": "error"},
+                env={**os.environ, "GOLOG_LOG_LEVEL": "error"},
             )
         except OSError as error:
             shutil.rmtree(runtime, ignore_errors=True)
@@ -177,9 +177,3 @@ def _listen_error(listen: list[str], reason: str) -> NetworkError:
         why=f"another program uses that port, or the address is not this machine's ({reason})",
         do="choose another one with --listen, for example /ip4/0.0.0.0/tcp/0 for any free port",
     )
-
-
-def _num_processors() -> int:
-    """That Go may use. By itself it takes all there are, and looks for work on each before it sleeps: where four peers
-    shared two cores they trained at 0.73 of what their lines allow, and at 0.79 so."""
-    return max(1, (os.cpu_count() or 1) // 4)

@@ -28,7 +28,7 @@ vote on whether this machine's clock is right, and one neighbour's alone may be 
 MAX_RUNS = 8
 RUN_ID = re.compile("[a-z0-9][a-z0-9-]{0,39}-[0-9a-f]{12}")
 RUNS_KEY = "swarm/runs"
-CONFIG_TTL_S = 120.0
+CONFIG_TTL_S = 360.0
 CONFIG_COPIES = 5
 """peers that keep a run's config in the DHT, the lowest peer ids; the others only watch"""
 

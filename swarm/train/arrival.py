@@ -23,6 +23,9 @@ from swarm.network.records import Status
 
 MEET_S = 5.0
 """how long a newcomer waits for the first word of those who have the state"""
+LATE_S = 1.0
+"""for the word of everybody, once it knows enough, and for a link: a machine that has lost its power is in the DHT for a
+minute or two, and dialling it takes ten seconds"""
 
 
 class Arrival:
@@ -31,7 +34,8 @@ class Arrival:
         self._ways_in: list[str] = []
         self._answered: list[str] = []
         self._publishing: asyncio.Task[None] | None = None
-        """kept, because a loop holds its tasks weakly"""
+        self._asking: dict[str, asyncio.Task[None]] = {}
+        """both kept, because a loop holds its tasks weakly"""
         self.situation = reachability.judge([], port=0)
         self.situated_s = 0.0
         """how long it took to find that out"""
@@ -87,36 +91,47 @@ class Arrival:
         network, began = self._network, time.monotonic()
         statuses = await network.dht.statuses(run.run_id)
         public = {p: s.maddrs for p, s in statuses.items() if s.maddrs and s.reach in (reachability.PUBLIC, "")}
-        for peer_id, maddrs in list(public.items())[:reachability.MAX_ASKED]:
-            with contextlib.suppress(NetworkError):
-                await network.endpoint.link_to(peer_id, maddrs=maddrs)
-        asked = list(dict.fromkeys([*public, *self._answered]))
+        first = list(public.items())[:reachability.MAX_ASKED]
+        linking = [asyncio.ensure_future(self._link(peer_id, maddrs)) for peer_id, maddrs in first]
+        if linking:
+            await asyncio.wait(linking, timeout=LATE_S)
+        asked = [peer_id for peer_id in public if network.endpoint.is_linked(peer_id)]
+        asked = list(dict.fromkeys([*asked, *self._answered]))
         self.situation = await reachability.ask(network.endpoint, asked, port=self._port())
         network.directory.reach = self.situation.reach
         self.situated_s = time.monotonic() - began
 
+    async def _link(self, peer_id: str, maddrs: list[str]) -> None:
+        with contextlib.suppress(NetworkError):
+            await self._network.endpoint.link_to(peer_id, maddrs=maddrs)
+
     async def _meet(self, run: RunConfig) -> list[str]:
         """Whose word has come."""
         directory = self._network.directory
-        await asyncio.gather(directory.refresh(), self._ask(directory.known()))
-        asked = [peer_id for peer_id in directory.known() if peer_id not in directory.alive()]  # those in the DHT alone
+        self._ask(directory.known())
+        await directory.refresh()
+        self._ask([peer_id for peer_id in directory.known() if peer_id not in directory.alive()])  # the DHT's alone
         deadline = asyncio.get_running_loop().time() + MEET_S
         while asyncio.get_running_loop().time() < deadline:
-            await self._ask(asked)
+            if self._asking:
+                await asyncio.wait(self._asking.values(), timeout=LATE_S)
             alive = directory.alive()
             if not self._answered or covers(alive.values(), run.fragments):
                 break
             if alive and all(status.role == "rendezvous" for status in alive.values()):
                 break
             await asyncio.sleep(0.3)
-            asked = directory.known()  # the others, too, may have more to say by now
+            self._ask(directory.known())  # the others, too, may have more to say by now
         for maddr in self._ways_in:  # who is silent now may come back a moment later, as in a swarm that restarts
             directory.meet(peer_id_of(maddr), [maddr])
         return list(directory.alive())
 
-    async def _ask(self, peer_ids: Iterable[str]) -> None:
-        """What they have to say of themselves."""
-        await asyncio.gather(*(self._network.directory.tell(peer_id) for peer_id in peer_ids))
+    def _ask(self, peer_ids: Iterable[str]) -> None:
+        """What they have to say of themselves; who is being asked already is not asked again."""
+        self._asking = {peer_id: task for peer_id, task in self._asking.items() if not task.done()}
+        for peer_id in peer_ids:
+            if peer_id not in self._asking:
+                self._asking[peer_id] = asyncio.ensure_future(self._network.directory.tell(peer_id))
 
     def own_maddrs(self) -> list[str]:
         """Where others may dial this peer; none where they cannot."""

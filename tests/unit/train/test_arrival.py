@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from swarm.errors import PeerGone
 from swarm.network import reachability
 from swarm.network.records import Head, Status
 from swarm.train import arrival
@@ -17,6 +18,8 @@ from tests.unit.averaging.simulation import play
 PUBLISHING_S = 9.0
 RUN = SimpleNamespace(run_id="r", fragments=2)
 RTT_S = 0.1
+DIALLED_S = 10.0
+"""until a machine that has lost its power is given up"""
 REACHED_S = 0.25
 """seconds in which a peer that was called has found out whether others can dial it"""
 
@@ -24,13 +27,13 @@ REACHED_S = 0.25
 class Directory:
     """Of peers that tell their status when they are asked, which takes as long as finding them in the DHT."""
 
-    def __init__(self, others: dict[str, Status], *, in_dht: bool = True) -> None:
-        self._others, self._in_dht = others, in_dht
+    def __init__(self, others: dict[str, Status], *, in_dht: bool = True, dead: tuple[str, ...] = ()) -> None:
+        self._others, self._in_dht, self._dead = others, in_dht, dead
         self.reach = ""
         self.told, self.met = list[str](), list[str]()
 
     def alive(self) -> dict[str, Status]:
-        return {peer_id: self._others[peer_id] for peer_id in self.told if peer_id in self._others}
+        return {p: self._others[p] for p in self.told if p in self._others and p not in self._dead}
 
     def known(self) -> list[str]:
         return self.met
@@ -40,7 +43,7 @@ class Directory:
             self.met.append(peer_id)
 
     async def tell(self, peer_id: str) -> None:
-        await asyncio.sleep(RTT_S)
+        await asyncio.sleep(DIALLED_S if peer_id in self._dead else RTT_S)
         self.told.append(peer_id)
 
     async def refresh(self) -> None:
@@ -49,10 +52,26 @@ class Directory:
             self.meet(peer_id, [])
 
 
-def holder(serving: list[int]) -> Status:
+class Endpoint:
+    def __init__(self, dead: tuple[str, ...]) -> None:
+        self._dead, self._linked = dead, set[str]()
+
+    async def link_to(self, peer_id: str, *, maddrs: list[str]) -> None:
+        await asyncio.sleep(DIALLED_S if peer_id in self._dead else RTT_S)
+        if peer_id in self._dead:
+            raise PeerGone("no answer in time")
+        self._linked.add(peer_id)
+
+    def is_linked(self, peer_id: str) -> bool:
+        return peer_id in self._linked
+
+
+def holder(serving: list[int], maddrs: list[str] | None = None) -> Status:
     head = Head(version=1, digest="0" * 64, tokens=0)
     heads = [head if serving[0] <= fragment < serving[1] else None for fragment in range(2)]
-    return Status(run_id="toy-0123456789ab", name="n", role="trainer", heads=heads, serving=serving)
+    return Status(
+        run_id="toy-0123456789ab", name="n", role="trainer", heads=heads, serving=serving, maddrs=maddrs or []
+    )
 
 
 class Dht:
@@ -66,19 +85,19 @@ class Dht:
 
 def arriving(
     monkeypatch: pytest.MonkeyPatch, others: dict[str, Status], publish: Any, *, answered: tuple[str, ...] = (),
-    in_dht: bool = True,
+    in_dht: bool = True, dead: tuple[str, ...] = (),
 ) -> tuple[Arrival, Directory]:
-    """`answered`: those of the initial peers that did."""
+    """`answered`: those of the initial peers that did; `dead`: still in the DHT."""
     async def ask(endpoint: Any, peers: list[str], *, port: int | None) -> reachability.Situation:
         await asyncio.sleep(REACHED_S)
         return reachability.Situation(reachability.PUBLIC, f"as {len(peers)} see it")
 
     monkeypatch.setattr(arrival.join, "publish_run", publish)
     monkeypatch.setattr(arrival.reachability, "ask", ask)
-    directory = Directory(others, in_dht=in_dht)
+    directory = Directory(others, in_dht=in_dht, dead=dead)
     network = SimpleNamespace(
         peer_id="me", dht=Dht(others), directory=directory, start_directory=lambda **options: None, maddrs=[],
-        endpoint=None,
+        endpoint=Endpoint(dead),
     )
     made = Arrival(SimpleNamespace(), SimpleNamespace(), network)  # type: ignore[arg-type]
     made._answered = list(answered)
@@ -109,6 +128,31 @@ def test_the_others_are_met_while_they_find_out_whether_this_peer_can_be_dialled
         assert asyncio.get_running_loop().time() - began == pytest.approx(RTT_S + REACHED_S)
         assert directory.reach == made.situation.reach == reachability.PUBLIC and "as 1 see it" in made.situation.text
         assert made.situated_s >= 0 and directory.told == ["a", "b"]  # each once: "a" while the DHT was read
+
+    play(story())
+
+
+def test_nobody_waits_long_for_machines_that_lost_their_power_and_are_still_in_the_dht(
+    monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def story() -> None:
+        others = {name: holder([0, 2], [f"/ip4/10.0.0.{number}/tcp/1"]) for number, name in enumerate("abc")}
+        made, directory = arriving(monkeypatch, others, nothing, answered=("a",), dead=("b", "c"))
+        began = asyncio.get_running_loop().time()
+        assert await made.arrive(RUN, lambda: holder([0, 1])) == 1  # type: ignore[arg-type]
+        assert asyncio.get_running_loop().time() - began < arrival.LATE_S + 2 * RTT_S + REACHED_S + 0.01
+        assert directory.told == ["a"] and "as 1 see it" in made.situation.text, "the dead are not asked"
+
+    play(story())
+
+
+def test_who_is_being_asked_is_not_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def story() -> None:
+        others = {"a": holder([0, 1]), "b": holder([1, 2])}
+        made, directory = arriving(monkeypatch, others, nothing, answered=("a",), dead=("b",))
+        await made.arrive(RUN, lambda: holder([0, 1]))  # type: ignore[arg-type]
+        await asyncio.sleep(2 * DIALLED_S)
+        assert directory.told.count("b") == 1 and directory.told.count("a") > 2
 
     play(story())
 
