@@ -24,8 +24,8 @@ from swarm.network.records import Status
 MEET_S = 5.0
 """how long a newcomer waits for the first word of those who have the state"""
 LATE_S = 1.0
-"""for the word of everybody, once it knows enough, and for a link: a machine that has lost its power is in the DHT for a
-minute or two, and dialling it takes ten seconds"""
+"""for the word of everybody, once it knows enough, and for a link: a machine that has lost its power is in the DHT for
+another minute, and dialling it takes ten seconds"""
 
 
 class Arrival:
