@@ -81,13 +81,15 @@ class Turns:
 
     def holders(self, fragment: HeldFragment, everybody: Mapping[str, Status]) -> tuple[list[str], list[str]]:
         """Live peers that hold a fragment: (at this peer's version, at another one). Who leaves counts while it has
-        drift to give. All are invited: those behind catch up at that moment (where rounds are quicker than heartbeats,
-        a newcomer would otherwise run after them for ever), and those ahead stop a round that would fork history."""
+        drift to give, and for who leaves as well: two that stopped training at the same moment know of each other only
+        that there was none, and each would make the next version alone. All are invited: those behind catch up at that
+        moment (where rounds are quicker than heartbeats, a newcomer would otherwise run after them for ever), and those
+        ahead stop a round that would fork history."""
         index, now = fragment.index, asyncio.get_running_loop().time()
         alive = [
             peer_id for peer_id, status in everybody.items()
             if status.head(index) is not None
-            and not (status.leaving and not status.pending[index:index + 1] > [0])
+            and (not status.leaving or self._is_leaving() or status.pending[index:index + 1] > [0])
         ]
         level = fragment.progress.at(fragment.ledger.state.digest, alive)
         others = [p for p in alive if p not in level and fragment.distrusted_until.get(p, 0.0) < now]

@@ -148,11 +148,15 @@ class Peer:
             if len(self.world.layouts) > 1:
                 self._train_some(tokens, dice)
                 continue
-            with torch.no_grad():
-                for parameter in self.parameters.values():
-                    parameter.add_(torch.randn(parameter.shape) * 1e-3)
-            self.trained += tokens
-            self.averager.trained(tokens)
+            self.learn(tokens)
+
+    def learn(self, tokens: int) -> None:
+        """An inner step, now."""
+        with torch.no_grad():
+            for parameter in self.parameters.values():
+                parameter.add_(torch.randn(parameter.shape) * 1e-3)
+        self.trained += tokens
+        self.averager.trained(tokens)
 
     def _train_some(self, tokens: int, dice: random.Random) -> None:
         """One fragment takes its inner step: each does after its own quota."""

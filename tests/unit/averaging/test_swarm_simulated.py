@@ -76,6 +76,30 @@ def held_by(peer: Peer, others: list[Peer]) -> int:
     return peer.averager.pending()[0] + sum(own)
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_two_that_stop_at_the_same_moment_make_one_version_of_what_they_have_left(
+    make_run: Callable[..., RunConfig], layout: Layout, keys: list[Keypair], seed: int
+) -> None:
+    """All that they know of each other is that nothing was left."""
+    async def story() -> None:
+        world = make_world(make_run, layout, keys, 2, seed=seed)
+        for peer in world.peers.values():
+            peer.start()
+        await asyncio.sleep(30)
+        alive = await settle(world)
+        await asyncio.sleep(2)
+        assert all(status.leaving and not any(status.pending) for p in alive for status in p.alive().values())
+        version, _, tokens = alive[0].head
+        for peer in alive:
+            peer.learn(96)
+        await asyncio.sleep(20)
+        made = {(round_.version, round_.digest) for peer in alive for round_ in peer.rounds() if round_.version > version}
+        assert len(made) == len({number for number, _ in made}) > 0, "no version twice, not even for a while"
+        assert {peer.head[2] for peer in alive} == {tokens + 2 * 96}, "and nothing of it is left"
+
+    play(story())
+
+
 @pytest.mark.parametrize(("count", "bits"), [(1, 4), (2, 4), (3, 4), (5, 4), (3, 2)])
 def test_without_faults_every_round_is_of_all(
     make_run: Callable[..., RunConfig], layout: Layout, keys: list[Keypair], count: int, bits: int
