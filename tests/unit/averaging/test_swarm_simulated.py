@@ -93,7 +93,7 @@ def test_two_that_stop_at_the_same_moment_make_one_version_of_what_they_have_lef
         for peer in alive:
             peer.learn(96)
         await asyncio.sleep(20)
-        made = {(round_.version, round_.digest) for peer in alive for round_ in peer.rounds() if round_.version > version}
+        made = {(one.version, one.digest) for peer in alive for one in peer.rounds() if one.version > version}
         assert len(made) == len({number for number, _ in made}) > 0, "no version twice, not even for a while"
         assert {peer.head[2] for peer in alive} == {tokens + 2 * 96}, "and nothing of it is left"
 
