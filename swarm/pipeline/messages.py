@@ -59,7 +59,8 @@ class Microbatch(Strict):
     version: Annotated[int, Field(ge=0, le=2**40)] = 0
     """no fragment may be older than this (`sync` runs: one version a step)"""
     again: bool = False
-    """somebody was asked for it already, here or further up, and died or fell silent: it has waited long enough"""
+    """somebody was asked for it already, here or further up, and died or fell silent: it has waited long enough.
+    Whoever says so without cause gets its turns sooner, and no more of them than admission.py allows"""
     known: Annotated[list[Hop], Field(max_length=MAX_HOPS)] = []
     """who has done, or is doing, the rest of it: they answer without doing it again"""
 

@@ -35,7 +35,8 @@ class Arrival:
         self._answered: list[str] = []
         self._publishing: asyncio.Task[None] | None = None
         self._asking: dict[str, asyncio.Task[None]] = {}
-        """both kept, because a loop holds its tasks weakly"""
+        self._linking: list[asyncio.Task[None]] = []
+        """all kept, because a loop holds its tasks weakly"""
         self.situation = reachability.judge([], port=0)
         self.situated_s = 0.0
         """how long it took to find that out"""
@@ -92,9 +93,9 @@ class Arrival:
         statuses = await network.dht.statuses(run.run_id)
         public = {p: s.maddrs for p, s in statuses.items() if s.maddrs and s.reach in (reachability.PUBLIC, "")}
         first = list(public.items())[:reachability.MAX_ASKED]
-        linking = [asyncio.ensure_future(self._link(peer_id, maddrs)) for peer_id, maddrs in first]
-        if linking:
-            await asyncio.wait(linking, timeout=LATE_S)
+        self._linking = [asyncio.ensure_future(self._link(peer_id, maddrs)) for peer_id, maddrs in first]
+        if self._linking:
+            await asyncio.wait(self._linking, timeout=LATE_S)
         asked = [peer_id for peer_id in public if network.endpoint.is_linked(peer_id)]
         asked = list(dict.fromkeys([*asked, *self._answered]))
         self.situation = await reachability.ask(network.endpoint, asked, port=self._port())
