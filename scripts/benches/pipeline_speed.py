@@ -35,7 +35,7 @@ SLOW_STAGE, SLOWER = 2, 2.5
 HUB_IN_FLIGHT, HUB_EACH_S = (6, 12, 24), 40.0
 """so many microbatches under way, each for so long"""
 CASES = ("chain", "hub", "slow", "helped")
-FIRST_S, SETTLE_S = 120.0, 15.0
+FIRST_S, SETTLE_S = 120.0, 30.0
 QUICK_STAGES, QUICK_S = 2, 6.0
 
 

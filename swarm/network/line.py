@@ -5,7 +5,7 @@ Senders that each find out by delays how fast a body may leave (pacing.py) are d
 with the next one: four stages on lines of 50 Mbit/s made 0.66 of what the line allows, where links held by hand to half
 the line made 0.85. So each machine measures what passes while its line is busy, divides it by the streams that are
 there now, and tells senders their share with each acknowledgement; a sender keeps to the smaller of that and its own
-line's (0.81).
+line's.
 
 Pure: the clock is an argument.
 """
@@ -16,13 +16,15 @@ import math
 from collections import deque
 from collections.abc import Hashable
 
-WINDOW_S, SHORTEST_S = 0.2, 0.05
-"""of a measurement, at most and at least"""
-GAP_S = 0.05
-"""without a byte ends a measurement: what follows is another burst"""
-WINDOWS = 200
+WINDOW_S = 1.0
+"""of a busy line makes a measurement. Shorter ones found twice the line's rate where bytes had waited for a busy
+processor; with that for a share the outer streams of a chain took the line from the inner ones, whose windows closed"""
+BURST_S, GAP_S = 0.12, 0.1
+"""Only bursts that last so long count, and a pause of more than so much ends one. (With any burst: twice the line's
+rate again. With 0.3 s, more than a microbatch takes on 100 Mbit/s, the rate is not known for the first minute)"""
+WINDOWS = 30
 RARE = 0.05
-"""of the measurements are faster than what the line can carry: bytes that had waited for a busy processor"""
+"""of the measurements are faster than what the line can carry"""
 MEMORY_S, STREAM_BYTES = 2.0, 256 * 1024
 """A stream counts while the bytes that it brought, each weighing less the longer ago it came (to a third in the first),
 are so many: microbatches follow each other sooner, and who only trickles takes no share from others"""
@@ -35,23 +37,24 @@ class Line:
         self.bytes_per_s = 0.0
         """that it can carry, as far as it was ever full; 0: not known"""
         self._rates: deque[float] = deque(maxlen=WINDOWS)
-        self._began = self._last = float("-inf")
-        self._bytes = 0
+        self._last = float("-inf")
+        self._bytes, self._busy_s = 0, 0.0
+        """of the measurement"""
+        self._burst_bytes, self._burst_s = 0, 0.0
         self._brought: dict[Hashable, tuple[float, float]] = {}
         """stream -> (weighed bytes, when that was)"""
 
     def passed(self, stream: Hashable, size: int, *, now: float) -> None:
-        """So many bytes have just come to their end."""
+        """So many bytes have come to their end. Of our own the receivers say when, so `now` may go back a little."""
         self._brought[stream] = self._weighed(stream, now) + size, now
-        if now - self._last > GAP_S:
-            self._measure()
-            self._began = now  # when they began is not known: what counts is what follows
-        else:
-            self._bytes += size
-        self._last = now
-        if now - self._began >= WINDOW_S:
-            self._measure()
-            self._began = now
+        pause_s, self._last = now - self._last, max(now, self._last)
+        if pause_s > GAP_S:
+            self._end_burst()
+            return  # when these began is not known: what counts is what follows
+        self._burst_bytes += size
+        self._burst_s += max(0.0, pause_s)
+        if self._burst_s >= BURST_S and self._busy_s + self._burst_s >= WINDOW_S:
+            self._end_burst()
 
     def share(self, stream: Hashable, *, now: float) -> float:
         """Bytes a second; 0: not known."""
@@ -63,9 +66,11 @@ class Line:
         weighed, at = self._brought.get(stream, (0.0, now))
         return weighed * math.exp((at - now) / MEMORY_S)
 
-    def _measure(self) -> None:
-        took_s = self._last - self._began
-        if took_s >= SHORTEST_S:
-            self._rates.append(self._bytes / took_s)
+    def _end_burst(self) -> None:
+        if self._burst_s >= BURST_S:
+            self._bytes, self._busy_s = self._bytes + self._burst_bytes, self._busy_s + self._burst_s
+        self._burst_bytes, self._burst_s = 0, 0.0
+        if self._busy_s >= WINDOW_S:
+            self._rates.append(self._bytes / self._busy_s)
             self.bytes_per_s = sorted(self._rates)[-1 - int(RARE * len(self._rates))]
-        self._bytes = 0
+            self._bytes, self._busy_s = 0, 0.0

@@ -297,7 +297,7 @@ class Link:
         before, self.pacing.told_share = self.pacing.arrived, share
         self.pacing.on_arrived(total, there_at=there_at, now=self.last_heard)
         if self.pacing.arrived > before:  # else it said what cannot be
-            self._up.passed(self, self.pacing.arrived - before, now=self.last_heard)
+            self._up.passed(self, self.pacing.arrived - before, now=self.pacing.left_at)
 
     def _count_body(self, size: int) -> None:
         self._bodies_received += size

@@ -38,12 +38,18 @@ MAX_WINDOW = 64 * 1024 * 1024
 TARGET_S = 0.1
 """of delay that our own bytes may add. Home routers buffer 100 ms and more; less would mistake a busy CPU for a
 queue"""
-STEADY_TARGET_S, STEADY_PACE, STEADY_BYTES = 0.03, 1.05, 256 * 1024
+STEADY_TARGET_S, STEADY_PACE, STEADY_BYTES = 0.04, 1.05, 256 * 1024
 """for bodies that come one after another, from this size on: what is taken for a queue by mistake costs a stream less
-than a lost packet. With 0.02 s it was 0.77"""
-PROBE, PROBE_AFTER_S = 1.25, 1.0
-"""A stream keeps to its share of the lines (line.py) while it finds a queue on its way; else it goes so many times as
-fast, because a share is only known as far as the line was ever full"""
+than a lost packet"""
+STANDING_S = 0.2
+"""A stream's queue is what none of its bytes has escaped for so long (CoDel, RFC 8289): bytes that waited for a turn of
+a processor are late, and no queue. Every late one counted once, and windows were closed for a third of the time"""
+OPENING_PROBE, PROBE, PROBE_AFTER_S = 1.6, 1.15, 1.0
+"""A stream keeps to its share of the lines (line.py) while it finds a queue on its way, and so long after; else it goes
+so many times as fast, because a share is only known as far as the line was ever full. The first: until there was a
+queue at all"""
+CATCH_UP, LAG_S = 1.2, 0.05
+"""What a stream could not send in the last so many seconds it makes up for, so many times as fast"""
 DELAY_MEMORY_S = 30.0
 GROWTH = 0.25
 """a round trip, once the path has been full: doubling again would add a whole round trip of delay each time"""
@@ -90,10 +96,14 @@ class Pacing:
         self.sent = self.arrived = 0
         self.progress_at = float("-inf")
         """when something arrived last, or when bytes were sent after a pause"""
+        self.left_at = float("-inf")
+        """when what has arrived last left us, as far as the receiver's clock tells: without the path's delay"""
         self._marks: deque[_Mark] = deque()
         self._there_at: float | None = None
-        self._free_at, self._full_rate = float("-inf"), 0.0
+        self._free_at = self._caught_up_at = float("-inf")
+        self._full_rate = 0.0
         self._delays: deque[tuple[float, float]] = deque()
+        self._late: deque[tuple[float, float]] = deque()
         self._rates: deque[tuple[float, float]] = deque()
         self._limited = self._was_full = False
         self._queued_at = float("-inf")
@@ -111,7 +121,7 @@ class Pacing:
 
     def wait_s(self, now: float) -> float:
         """How long the next bytes should wait although there is room for them; 0: not at all."""
-        return max(0.0, self._free_at - now)
+        return max(0.0, self._free_at - now, self._caught_up_at - now)
 
     def on_sent(self, size: int, *, now: float, own_share: float = 0.0) -> None:
         """`own_share`: of this machine's line, bytes a second (line.py); 0: not known."""
@@ -122,8 +132,9 @@ class Pacing:
         self.sent += size
         shares = [share for share in (own_share, self.told_share) if share > 0]
         if self.is_steady and shares:
-            pace = min(shares) if now - self._queued_at < PROBE_AFTER_S else PROBE * min(shares)
-            self._free_at = max(self._free_at, now - BURST_S) + size / max(pace, SLOWEST)
+            pace = max(self._probe(now) * min(shares), SLOWEST)
+            self._free_at = max(self._free_at, now - LAG_S) + size / pace
+            self._caught_up_at = max(self._caught_up_at, now - BURST_S) + size / (CATCH_UP * pace)
         elif self._was_full:  # after a pause too little is measured, so what was measured of a full path counts, too
             pace = (STEADY_PACE if self.is_steady else PACE) * max(self.bytes_per_s, self._full_rate, SLOWEST)
             self._free_at = max(self._free_at, now - BURST_S) + size / pace
@@ -135,7 +146,7 @@ class Pacing:
         if not self.arrived < total <= self.sent:
             return
         newly, self.arrived = total - self.arrived, total
-        self.progress_at, self._there_at = now, there_at
+        self.progress_at, self._there_at, self.left_at = now, there_at, now
         mark = self._newest_mark(total)
         if mark is None:
             return
@@ -146,7 +157,10 @@ class Pacing:
             self.bytes_per_s = -_smallest(self._rates, -rate, now, memory_s=RATE_MEMORY_S)
             self._follow(rate)
         delay_s = there_at - mark.at
-        queue_s = delay_s - _smallest(self._delays, delay_s, now, memory_s=DELAY_MEMORY_S)
+        least_s = _smallest(self._delays, delay_s, now, memory_s=DELAY_MEMORY_S)
+        standing_s = _smallest(self._late, delay_s, now, memory_s=STANDING_S)
+        self.left_at = min(max(there_at - least_s, mark.at), now)
+        queue_s = (standing_s if self.is_steady else delay_s) - least_s
         empty_s = max(0.0, rtt_s - queue_s)  # the round trip without what our own bytes add to it
         target_s = STEADY_TARGET_S if self.is_steady else TARGET_S
         if queue_s > target_s:
@@ -158,6 +172,11 @@ class Pacing:
             filled = self._was_full and self.window >= self.bytes_per_s * empty_s
             self._resize(self.window + int(newly * (GROWTH if filled else 1)))
         self._limited = False
+
+    def _probe(self, now: float) -> float:
+        if self._queued_at == float("-inf"):
+            return OPENING_PROBE
+        return 1.0 if now - self._queued_at < PROBE_AFTER_S else PROBE
 
     def _newest_mark(self, total: int) -> _Mark | None:
         """Of the newest bytes that are known to have arrived."""

@@ -9,13 +9,18 @@ import pytest
 from swarm.network.pacing import (
     ACK_BYTES,
     BURST_S,
+    CATCH_UP,
+    LAG_S,
     MAX_WINDOW,
     MIN_WINDOW,
+    OPENING_PROBE,
     PACE,
     PROBE,
     PROBE_AFTER_S,
     SLOWEST,
+    STANDING_S,
     STEADY_PACE,
+    STEADY_TARGET_S,
     TARGET_S,
     Pacing,
 )
@@ -247,10 +252,15 @@ def test_a_stream_is_let_go_with_more_care_and_fills_the_path_all_the_same():
     assert pauses[1] / pauses[0] == pytest.approx(PACE / STEADY_PACE)
 
 
-def pause_of(pacing, *, now, **shares):
-    """Seconds that a frame's sending asks for, after a pause."""
-    pacing.on_sent(FRAME, now=now, **shares)
-    return pacing.wait_s(now) + BURST_S
+def pace_of(pacing, *, start, frames=12, **shares):
+    """Bytes a second of a stream that has always something to send, once it has made up for the time before."""
+    now = start
+    for number in range(2 * frames):
+        if number == frames:
+            began = now
+        pacing.on_sent(FRAME, now=now, **shares)
+        now += pacing.wait_s(now)
+    return frames * FRAME / (now - began)
 
 
 @pytest.mark.parametrize(("own", "told", "kept_to"), [
@@ -259,24 +269,67 @@ def pause_of(pacing, *, now, **shares):
 def test_a_stream_keeps_to_its_share_of_the_narrower_line(own, told, kept_to):
     pacing = Pacing()
     pacing.is_steady, pacing.told_share = True, told
-    pace = FRAME / pause_of(pacing, now=1000.0, own_share=own)
-    assert pace == pytest.approx(max(PROBE * min(filter(None, (own, told))), SLOWEST))
-    assert 0.999 * kept_to <= pace <= 1.001 * PROBE * kept_to
+    pace = pace_of(pacing, start=1000.0, own_share=own)
+    assert pace == pytest.approx(max(OPENING_PROBE * min(filter(None, (own, told))), SLOWEST))
+    assert 0.999 * kept_to <= pace <= 1.001 * OPENING_PROBE * kept_to
+
+
+def queue_on_the_way(pacing, *, at, late_s):
+    """What it sends from `at` on arrives so much later than the quickest; returns when that is known."""
+    for frame in range(4):
+        pacing.on_sent(FRAME, now=at + 0.1 * frame)
+        pacing.on_arrived(pacing.sent, there_at=at + 0.1 * frame + late_s, now=at + 0.1 * frame + late_s)
+    return at + 0.3 + late_s
 
 
 def test_a_share_is_exceeded_only_while_nothing_waits_on_the_way():
     """Or a line that was never full would stay as narrow as it was found."""
     pacing = Pacing()
     pacing.is_steady = True
-    free = pause_of(pacing, now=0.0, own_share=1e6)
-    pacing.on_arrived(FRAME, there_at=0.0, now=0.1)
-    queued = [pause_of(pacing, now=1.0, own_share=1e6)]
-    pacing.on_arrived(2 * FRAME, there_at=1.5, now=1.6)  # half a second later than the quickest
-    queued.append(pause_of(pacing, now=1.7, own_share=1e6))
-    pacing.on_arrived(3 * FRAME, there_at=1.7, now=1.8)
-    later = pause_of(pacing, now=1.6 + PROBE_AFTER_S, own_share=1e6)
-    assert [free, queued[0], later] == pytest.approx([FRAME / (PROBE * 1e6)] * 3)
-    assert queued[1] == pytest.approx(FRAME / 1e6)
+    share = {"own_share": 1e6}
+    assert pace_of(pacing, start=0.0, **share) == pytest.approx(OPENING_PROBE * 1e6), "there was no queue so far"
+    queue_on_the_way(pacing, at=100.0, late_s=0.0)
+    known = queue_on_the_way(pacing, at=110.0, late_s=2 * STEADY_TARGET_S)
+    assert pace_of(pacing, start=known, frames=6, **share) == pytest.approx(1e6)
+    assert pace_of(pacing, start=known + PROBE_AFTER_S, **share) == pytest.approx(PROBE * 1e6)
+
+
+def test_what_is_late_now_and_then_waited_for_a_processor_and_is_no_queue():
+    pacing = Pacing()
+    pacing.is_steady = True
+    now = 0.0
+    for number in range(200):
+        late_s = 0.5 * STANDING_S if number % 4 == 3 else 0.0
+        pacing.on_sent(FRAME, now=now)
+        pacing.on_arrived(pacing.sent, there_at=now + late_s, now=now + late_s)
+        now += STANDING_S / 3
+    assert pace_of(pacing, start=now, own_share=1e6) == pytest.approx(OPENING_PROBE * 1e6)
+
+
+@pytest.mark.parametrize("behind_s", [0.02, LAG_S, 10.0])
+def test_a_stream_makes_up_for_a_moment_and_not_in_one_burst(behind_s):
+    pacing, share = Pacing(), 2e6
+    pacing.is_steady = True
+    known = queue_on_the_way(pacing, at=100.0, late_s=0.0)
+    pacing.on_sent(FRAME, now=known, own_share=share)
+    now = start = known + pacing.wait_s(known) + behind_s  # it might have sent so long ago
+    pacing._queued_at = start
+    sent = 0
+    while now < start + 0.9 * PROBE_AFTER_S:
+        pacing.on_sent(FRAME, now=now, own_share=share)
+        sent += FRAME
+        assert sent <= CATCH_UP * share * (now - start + BURST_S) + 1.001 * FRAME
+        now += pacing.wait_s(now)
+    assert sent / share == pytest.approx(now - start + min(behind_s, LAG_S), abs=FRAME / share)
+
+
+@pytest.mark.parametrize("their_clock", [-1e12, 0.0, 1e12])
+def test_bytes_left_between_their_sending_and_now_whatever_the_receiver_says(their_clock):
+    pacing = Pacing()
+    for second, there_at in enumerate((0.0, their_clock, -their_clock, their_clock + 5)):
+        pacing.on_sent(FRAME, now=float(second))
+        pacing.on_arrived(pacing.sent, there_at=there_at, now=second + 0.5)
+        assert second <= pacing.left_at <= second + 0.5
 
 
 def test_a_body_of_a_round_does_not_keep_to_shares():

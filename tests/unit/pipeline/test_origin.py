@@ -26,14 +26,14 @@ def test_credit_doubles_until_somebody_is_busy_and_then_feels_its_way() -> None:
     assert [told(credit, 0.0, credit.now) for _ in range(3)] == [4, 8, 16]
     assert told(credit, 2.0, 16) == 16, "busy, and no more"
     assert told(credit, 0.0, 16) == 17, "one more at a time from now on"
-    assert told(credit, 6.0, 17) == 13, "a fifth less"
-    assert told(credit, 6.0, 12) == 13, "as many answers as are under way, before anything is changed again"
+    assert told(credit, 7.0, 17) == 13, "a fifth less"
+    assert told(credit, 7.0, 12) == 13, "as many answers as are under way, before anything is changed again"
     assert told(credit, 9.0, 1) == 10, "a fifth, or a few that wait"
 
 
 def test_credit_falls_at_once_by_those_that_wait_in_vain() -> None:
     credit = Credit(first=32, largest=32)
-    assert told(credit, 15.0, 32) == 20
+    assert told(credit, 16.0, 32) == 20
     assert told(credit, 99.0, 20) == 10, "but by half at most"
 
 
@@ -54,13 +54,13 @@ def test_one_odd_answer_changes_nothing() -> None:
 def test_what_was_begun_before_a_change_says_nothing_of_it() -> None:
     credit = Credit(first=16, largest=32)
     for number in range(16):
-        credit.learn(9.0, number=number, following=number + 16)
+        credit.learn(10.0, number=number, following=number + 16)
     assert credit.now == 10, "the last of them left while numbers to 31 were under way"
     for number in range(16, 31):
-        credit.learn(9.0, number=number, following=number + 10)
+        credit.learn(10.0, number=number, following=number + 10)
     assert credit.now == 10, "they had been begun before"
     for number in range(31, 41):
-        credit.learn(9.0, number=number, following=number + 10)
+        credit.learn(10.0, number=number, following=number + 10)
     assert credit.now == 5
 
 
