@@ -19,7 +19,7 @@ from collections.abc import Hashable
 WINDOW_S = 1.0
 """of a busy line makes a measurement. Shorter ones found twice the line's rate where bytes had waited for a busy
 processor; with that for a share the outer streams of a chain took the line from the inner ones, whose windows closed"""
-BURST_S, GAP_S = 0.12, 0.1
+LEAST_BURST_S, GAP_S = 0.12, 0.1
 """Only bursts that last so long count, and a pause of more than so much ends one. (With any burst: twice the line's
 rate again. With 0.3 s, more than a microbatch takes on 100 Mbit/s, the rate is not known for the first minute)"""
 WINDOWS = 30
@@ -53,7 +53,7 @@ class Line:
             return  # when these began is not known: what counts is what follows
         self._burst_bytes += size
         self._burst_s += max(0.0, pause_s)
-        if self._burst_s >= BURST_S and self._busy_s + self._burst_s >= WINDOW_S:
+        if self._burst_s >= LEAST_BURST_S and self._busy_s + self._burst_s >= WINDOW_S:
             self._end_burst()
 
     def share(self, stream: Hashable, *, now: float) -> float:
@@ -67,7 +67,7 @@ class Line:
         return weighed * math.exp((at - now) / MEMORY_S)
 
     def _end_burst(self) -> None:
-        if self._burst_s >= BURST_S:
+        if self._burst_s >= LEAST_BURST_S:
             self._bytes, self._busy_s = self._bytes + self._burst_bytes, self._busy_s + self._burst_s
         self._burst_bytes, self._burst_s = 0, 0.0
         if self._busy_s >= WINDOW_S:

@@ -44,10 +44,10 @@ async def streams():
 
 
 @contextlib.asynccontextmanager
-async def two_links(methods=METHODS, budget=None):
-    """(asker, answerer): both greeted."""
+async def two_links(methods=METHODS, budget=None, lines=None):
+    """(asker, answerer): both greeted. `lines`: the asker's, up and down."""
     (reader, writer), (reader2, writer2) = await streams()
-    asker = Link("A" * 20, reader, writer, dict(METHODS))
+    asker = Link("A" * 20, reader, writer, dict(METHODS), lines=lines)
     answerer = Link("B" * 20, reader2, writer2, dict(methods), budget=budget)
     asker.greeted = answerer.greeted = True
     try:

@@ -6,7 +6,16 @@ import random
 
 import pytest
 
-from swarm.network.line import BURST_S, GAP_S, MEMORY_S, RARE, STREAM_BYTES, WINDOW_S, WINDOWS, Line
+from swarm.network.line import (
+    GAP_S,
+    LEAST_BURST_S,
+    MEMORY_S,
+    RARE,
+    STREAM_BYTES,
+    WINDOW_S,
+    WINDOWS,
+    Line,
+)
 
 FRAME = 64 * 1024
 LINE = 6e6
@@ -38,7 +47,7 @@ def test_the_rate_of_a_busy_line_is_found_and_pauses_do_not_count(size: int) -> 
 def test_bursts_too_short_to_measure_are_left_out() -> None:
     line, now = Line(), 0.0
     for _ in range(500):
-        now = body(line, size=2**20, bytes_per_s=2**20 / (0.9 * BURST_S), start=now) + 2 * GAP_S
+        now = body(line, size=2**20, bytes_per_s=2**20 / (0.9 * LEAST_BURST_S), start=now) + 2 * GAP_S
     assert line.bytes_per_s == 0.0
 
 

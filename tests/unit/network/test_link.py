@@ -7,6 +7,7 @@ import pytest
 
 from swarm.errors import PeerGone, PeerRefused
 from swarm.network import frames, link, pacing
+from swarm.network.line import Line
 from swarm.network.link import Budget, Method
 from tests.unit.network.link_support import (
     MB,
@@ -48,6 +49,30 @@ def test_calls_interleave_both_ways_and_every_answer_finds_its_call():
             await asyncio.gather(*(ask(one, number) for number in range(30) for one in (asker, answerer)))
             assert asker.bytes_sent == answerer.bytes_received
             assert answerer.bytes_sent == asker.bytes_received
+
+    run(test)
+
+
+def test_our_line_is_measured_by_when_bytes_left_and_not_by_when_we_hear_of_them():
+    """What is said of them comes in bunches, and lines seemed twice as fast."""
+    told, left_at = [], 17.0
+
+    class Up(Line):
+        def passed(self, stream, size, *, now):
+            told.append((size, now))
+
+    async def test():
+        async with two_links(lines=(Up(), Line())) as (asker, _):
+            on_arrived = asker.pacing.on_arrived
+
+            def arrived(total, **when):
+                on_arrived(total, **when)
+                asker.pacing.left_at = left_at
+
+            asker.pacing.on_arrived = arrived
+            await asker.call("echo", {}, bytes(2 * MB), deadline_s=PATIENCE_S, max_answer=2 * MB)
+            await soon(lambda: sum(size for size, _ in told) >= 2 * MB - pacing.ACK_BYTES)
+        assert {now for _, now in told} == {left_at}
 
     run(test)
 
