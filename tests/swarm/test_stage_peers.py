@@ -24,6 +24,9 @@ from benches.systems.stages import Stages, StageSpec
 ROOT = Path(__file__).parents[2]
 LIMIT_S = 100
 SERVICE_S = 0.02
+LONG = 512
+"""tokens of a sequence where the bytes of activations are counted: rounds, copies and records, which every peer sends
+too, are few beside them however slow the machine is"""
 
 
 class Process:
@@ -45,8 +48,8 @@ class Process:
 
 
 @contextlib.contextmanager
-def swarm(tmp_path: Path, system: Stages) -> Iterator[list[Process]]:
-    run = write_run(tmp_path, fragments=3, model={"config": {**GPTJ, "n_layer": 3}})
+def swarm(tmp_path: Path, system: Stages, **changes: object) -> Iterator[list[Process]]:
+    run = write_run(tmp_path, fragments=3, model={"config": {**GPTJ, "n_layer": 3, "n_positions": LONG}}, **changes)
     setup = Setup(run, len(system.specs), None, tmp_path / "swarm", seed=3)
     setup.folder.mkdir()
     peers: list[Process] = []
@@ -95,7 +98,8 @@ def test_what_an_origin_says_is_done_is_added_up_once_by_each_peer_of_the_path(t
 
 def test_a_hub_drives_each_stage_itself_and_tries_several_numbers_in_flight(tmp_path: Path) -> None:
     system = Stages(specs((0, 1), (1, 2), (2, 3)), emulate=True, hub=[2, 5], each_s=2.0)
-    with swarm(tmp_path, system) as peers:
+    longer = {"train": {"sequence_length": LONG}, "averaging": {"tokens_per_round": 100_000}}
+    with swarm(tmp_path, system, **longer) as peers:
         wait_until(lambda: {line["credit"] for line in peers[0].of("done")} == {2, 5}, timeout_s=LIMIT_S, what="both")
         # peers that draw no text speak of progress once they have heard a loss
         wait_until(lambda: all(peer.of("progress") for peer in peers), timeout_s=LIMIT_S, what="progress of all")
