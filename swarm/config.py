@@ -91,11 +91,12 @@ class AveragingConfig:
     """a round opens after this many seconds even with fewer tokens"""
     bits: int = 4
     """on the wire: 2 (thin links), 4, 8 or 32 a value (norms, biases and embeddings at least 8)"""
-    outer_learning_rate: float = 0.7
-    outer_momentum: float = 0.9
-    """Nesterov's. No rule follows from the number of rounds, for what was measured goes both ways: from cold, 21 rounds
-    of the demo ended 2 % better with 0.5 than with 0.7, and 45 rounds of 65 inner steps 1 % better with 0.9 than with
-    0.5; after a checkpoint, 31 rounds with 0.9 cost nothing. Symptom of too much: a loss that swings with the rounds"""
+    outer_learning_rate: float | None = None
+    """None: 1, or less beside a momentum over 0.86 (averaging/outer_settings.py). Symptom of too much: momentum's"""
+    outer_momentum: float | None = None
+    """Nesterov's. None: by the number of rounds that the run will have: 0.8 for 35, 0.9 from 70 on, none below 8. A run
+    from cold with short rounds wants less: 21 of the demo ended 2 % better with 0.5 than with 0.7. Symptom of too much:
+    a loss that swings with the rounds; of too little: one that lags the more, the longer rounds are"""
     first_round_tokens: int = 0
     """of the first round of a run that starts afresh; they grow to `tokens_per_round` over `ramp_tokens`. A model that
     knows nothing moves too far between two averages (symptom: a loss that lags from the start). 0: rounds are alike,
@@ -363,8 +364,9 @@ def _check_run(run: RunConfig) -> None:
     need(not rough, "averaging.mode sync is exact: it cannot have pipeline.activation_bits 4")
     need(averaging.tokens_per_round > 0, "averaging.tokens_per_round must be positive")
     need(0.1 <= averaging.max_round_s <= 86_400, "averaging.max_round_s must be 0.1 to 86400")
-    need(0 < averaging.outer_learning_rate <= 10, "averaging.outer_learning_rate must be over 0 and at most 10")
-    need(0 <= averaging.outer_momentum < 1, "averaging.outer_momentum must be 0 to below 1")
+    rate, momentum = averaging.outer_learning_rate, averaging.outer_momentum
+    need(rate is None or 0 < rate <= 10, "averaging.outer_learning_rate must be over 0 and at most 10")
+    need(momentum is None or 0 <= momentum < 1, "averaging.outer_momentum must be 0 to below 1")
     _check_policy(averaging, need)
     need(len(run.initial_digests) in (0, run.fragments), "initial_digests needs one digest a fragment")
     need(all(re.fullmatch(r"[0-9a-f]{64}", d) for d in run.initial_digests), "initial_digests must be SHA-256 in hex")

@@ -5,6 +5,8 @@ same batches (benches/lockstep.py); bytes are counted as a peer sends them, agai
                  with weights alone, the synchronous one too
     cold         a swarm from the start, with rounds of one length, and with rounds that grow to that length
 
+Momentum and learning rate of the outer step are those that follow from the number of rounds
+(swarm/averaging/outer_settings.py), whatever the run file says, unless --set says others.
 How long rounds are follows from the ratio that is asked for (`inner_steps`). The total batch is the same for any number
 of peers, and so is the text: one synchronous process is the baseline of all rows of a seed.
 """
@@ -29,6 +31,7 @@ from benches.kept import Kept
 from benches.lockstep import Alone, Simulation, Weights
 from benches.pipeline_loss import Text
 from swarm.averaging.layout import Layout
+from swarm.averaging.outer_settings import momentum_of
 from swarm.config import AveragingConfig, RunConfig
 from swarm.errors import ConfigError
 from swarm.host.device import choose_device
@@ -89,9 +92,9 @@ def measure(options: argparse.Namespace, run: RunConfig, text: Text) -> dict[str
         step = TOTAL_SEQUENCES * run.train.sequence_length
         first, more = QUICK_STEPS * step if first else 0, QUICK_STEPS * step
     run = replace(run, train=replace(run.train, total_tokens=first + more))
-    if options.case == "checkpoint" and "outer_momentum" not in common.settings(options.set).get("averaging", {}):
-        usual = AveragingConfig().outer_momentum  # the demo's is for a short run from cold
-        run = replace(run, averaging=replace(run.averaging, outer_momentum=usual))
+    said = common.settings(options.set).get("averaging", {})
+    left_open = {name: said.get(name) for name in ("outer_learning_rate", "outer_momentum")}
+    run = replace(run, averaging=replace(run.averaging, **left_open))  # the demo's are for its short rounds
     device, _ = choose_device(options.device, 1)
     study = Study(text, Kept(options.out.with_suffix(".kept")), before=first, device=device)
     runs = [replace(run, seed=run.seed + number) for number in range(1 if options.quick else options.seeds)]
@@ -211,6 +214,9 @@ def setup(run: RunConfig, row: Row, *, layouts: Iterable[Layout], before: int) -
     step_tokens = TOTAL_SEQUENCES * run.train.sequence_length
     length = inner_steps(row, layouts) * step_tokens
     averaging = replace(run.averaging, bits=row.bits, tokens_per_round=length)
+    if before and averaging.outer_momentum is None:  # rounds begin after the checkpoint, which no run config knows of
+        momentum = momentum_of((run.train.total_tokens - before) / length)
+        averaging = replace(averaging, outer_momentum=momentum)
     if row.ramp:
         ramp = round(RAMP_SHARE * (run.train.total_tokens - before))
         averaging = replace(averaging, first_round_tokens=max(1, length // RAMP_FROM), ramp_tokens=ramp)

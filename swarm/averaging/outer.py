@@ -16,6 +16,7 @@ import torch
 
 from swarm.averaging import roll
 from swarm.averaging.global_state import GlobalState
+from swarm.averaging.outer_settings import outer_settings
 from swarm.config import RunConfig
 
 
@@ -46,7 +47,7 @@ def num_buffers(run: RunConfig) -> int:
     """Flat vectors of optimizer state beside the weights. A run without outer momentum keeps none."""
     if run.averaging.mode == "sync":
         return 2
-    return 1 if run.averaging.outer_momentum > 0 else 0
+    return 1 if outer_settings(run)[1] > 0 else 0
 
 
 def learning_rate(run: RunConfig, swarm_tokens: int) -> float:
@@ -80,15 +81,15 @@ def apply(
         return _adamw(step, weights, buffers, average, decay)
     if step.last:
         return weights - average, [torch.zeros_like(buffer) for buffer in buffers]
+    rate, beta = outer_settings(step.run)
     if not buffers:
-        change = torch.mul(average, step.run.averaging.outer_learning_rate)
+        change = torch.mul(average, rate)
         return torch.sub(weights, change, out=change), []
-    kept = 0.0 if step.restart else step.run.averaging.outer_momentum
-    momentum = torch.mul(buffers[0], kept)
+    momentum = torch.mul(buffers[0], 0.0 if step.restart else beta)
     momentum.add_(average)
-    change = torch.mul(momentum, step.run.averaging.outer_momentum)
+    change = torch.mul(momentum, beta)
     change.add_(average)
-    change.mul_(step.run.averaging.outer_learning_rate)
+    change.mul_(rate)
     return torch.sub(weights, change, out=change), [momentum]  # no more new memory than is kept: it is what takes long
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from swarm.averaging.outer_settings import outer_settings
 from swarm.config import RunConfig, load_run
 from swarm.errors import ConfigError
 from swarm.network import codec
@@ -245,17 +246,15 @@ def test_runs_at_once_find_what_runs_one_by_one_do(tmp_path: Path) -> None:
     assert results[0] == results[1] and len(results[0]["rows"]) == 2
 
 
-def test_after_a_checkpoint_momentum_is_that_of_long_runs_unless_it_is_set(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tiny(tmp_path, outer_momentum=0.25)
-    asked: list[float] = []
+def test_momentum_is_that_of_so_many_rounds_unless_it_is_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny(tmp_path, outer_learning_rate=0.3, outer_momentum=0.25)
+    asked: list[tuple[float | None, float | None]] = []
 
     class Done(Exception):
         pass
 
     def figures(study: loss_rounds.Study, run: Any, row: Row | None) -> dict[str, Any]:
-        asked.append(run.averaging.outer_momentum)
+        asked.append((run.averaging.outer_learning_rate, run.averaging.outer_momentum))
         raise Done
 
     monkeypatch.setattr(loss_rounds.Study, "figures", figures)
@@ -263,7 +262,18 @@ def test_after_a_checkpoint_momentum_is_that_of_long_runs_unless_it_is_set(
     for more in (["--case", "checkpoint"], ["--case", "checkpoint", "--set", "outer_momentum=0.5"], ["--case", "cold"]):
         with pytest.raises(Done):
             bench.run(bench.make_parser().parse_args([*words, *more]))
-    assert asked == [0.9, 0.5, 0.25]
+    assert asked == [(None, None), (None, 0.5), (None, None)]
+
+
+def test_rounds_after_a_checkpoint_are_counted_from_there(tmp_path: Path) -> None:
+    run, row = tiny(tmp_path), Row(4, 505, bits=2)
+    assert run.averaging.outer_momentum is None
+    layouts = list(hold(run).layouts.values())
+    length = loss_rounds.setup(run, row, layouts=layouts, before=0).averaging.tokens_per_round
+    run = dataclasses.replace(run, train=dataclasses.replace(run.train, total_tokens=35 * length))
+    after = loss_rounds.setup(run, row, layouts=layouts, before=21 * length)
+    assert after.averaging.outer_momentum == 0.5 and outer_settings(after) == (1.0, 0.5), "two of 14"
+    assert outer_settings(loss_rounds.setup(run, row, layouts=layouts, before=0)) == (1.0, 0.8), "five of 35"
 
 
 def test_settings_of_rounds_leave_the_baseline_where_it_is(tmp_path: Path) -> None:

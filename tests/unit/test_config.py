@@ -68,11 +68,12 @@ def test_the_run_id_is_the_name_and_a_hash_of_everything():
 
 def test_the_hash_of_a_known_config_never_changes():
     """A peer of an older version must find the same run: a new field with a default breaks this, on purpose."""
-    run = run_from_dict(SMALLEST, origin="test")
+    outer = {"outer_learning_rate": 0.7, "outer_momentum": 0.9}  # what it was where it was left open
+    run = run_from_dict({**SMALLEST, "averaging": outer}, origin="test")
     document = dataclasses.asdict(
         RunConfig(
             name="demo", model=ModelConfig(config={"model_type": "gptj"}), data=DataConfig(stdlib=True),
-            train=TrainConfig(betas=[0.9, 0.95]),
+            train=TrainConfig(betas=[0.9, 0.95]), averaging=AveragingConfig(**outer),
         )
     )  # fmt: skip
     assert document.pop("pipeline") == {"activation_bits": 8}, "came later: spelt only where it says anything"
@@ -84,6 +85,7 @@ def test_the_hash_of_a_known_config_never_changes():
     assert run.run_id == "demo-b252d456f4d8"
     assert canonical_json(run).isascii()
     assert b" " not in canonical_json(run)
+    assert run_from_dict(SMALLEST, origin="test").run_id != run.run_id, "left open it is the number of rounds that says"
 
 
 def test_the_order_and_spelling_of_the_yaml_do_not_matter():
@@ -263,6 +265,7 @@ def test_numbers_beyond_all_bounds_are_stated_errors():
         ({"averaging__tokens_per_round": 0}, "tokens_per_round"),
         ({"averaging__max_round_s": 0}, "max_round_s"),
         ({"averaging__outer_momentum": 1}, "outer_momentum"),
+        ({"averaging__outer_learning_rate": 0}, "outer_learning_rate must be over 0"),
         ({"averaging__first_round_tokens": 100}, "first_round_tokens and ramp_tokens go together"),
         ({"averaging__ramp_tokens": 100}, "first_round_tokens and ramp_tokens go together"),
         ({"averaging__first_round_tokens": -1, "averaging__ramp_tokens": 9}, "is negative"),

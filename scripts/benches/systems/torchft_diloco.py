@@ -92,6 +92,7 @@ def main() -> None:
     from torchft.local_sgd import DiLoCo
 
     from benches.systems.workload import Workload
+    from swarm.averaging.outer_settings import outer_settings
 
     work = Workload(options.run, number=options.number, until_tokens=options.until_tokens)
     averaging, timeout = work.run.averaging, timedelta(seconds=TIMEOUT_S)
@@ -109,12 +110,9 @@ def main() -> None:
     steps = steps_per_fragment(
         averaging.tokens_per_round, fragments=len(modules), step_tokens=work.step_tokens, num_peers=num_peers
     )
+    rate, momentum = outer_settings(work.run)
     outer = [
-        torch.optim.SGD(
-            module.parameters(), lr=averaging.outer_learning_rate, momentum=averaging.outer_momentum,
-            nesterov=averaging.outer_momentum > 0,
-        )
-        for module in modules
+        torch.optim.SGD(module.parameters(), lr=rate, momentum=momentum, nesterov=momentum > 0) for module in modules
     ]
     delay = min(DELAY_STEPS, steps - 1)  # it has to be shorter than the interval
     diloco = DiLoCo(

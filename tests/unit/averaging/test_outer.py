@@ -130,7 +130,7 @@ def test_momentum_that_starts_again_is_that_of_a_first_round(make_run: MakeRun) 
     fresh = outer.apply(step_of(run, 9, 5, 6), weights, [torch.zeros(N)], average, torch.ones(N))
     assert torch.equal(restarted[0], fresh[0]) and torch.equal(restarted[1][0], fresh[1][0])
     assert torch.equal(restarted[1][0], average)
-    without = make_run({"total_tokens": 10**9}, outer_momentum=0.0)
+    without = make_run({"total_tokens": 10**9}, outer_learning_rate=0.7, outer_momentum=0.0)
     new, buffers = outer.apply(OuterStep(without, 9, 5, 6, restart=True), weights, [], average, torch.ones(N))
     assert torch.equal(new, weights - average * 0.7) and buffers == []
 
