@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Mapping
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 from pydantic import Field, model_validator
@@ -24,7 +25,6 @@ KEPT = 3
 AGAIN_S = 30.0
 
 Mark = Annotated[str, Field(pattern=r"^([0-9a-f]{16})?$")]
-Document = dict[str, Any]
 
 
 class Beat(Strict):
@@ -45,14 +45,25 @@ class Beat(Strict):
         return self
 
 
+@dataclass(frozen=True)
+class Told:
+    """A status, whoever told it, and what becomes of it; the three say the same, and none is ever changed."""
+
+    status: Status
+    document: dict[str, Any]
+    mark: str
+
+
 class Beats:
     """What this peer and each other one have told each other."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
-        self._told: dict[str, dict[str, Document]] = {}
+        self._mine: Told | None = None
+        """what was told last: in a crowd it is the same to all"""
+        self._told: dict[str, dict[str, Told]] = {}
         """peer id -> mark -> what it was told, the newest last"""
-        self._heard: dict[str, dict[str, Document]] = {}
+        self._heard: dict[str, dict[str, Told]] = {}
         self._have: dict[str, str] = {}
         """peer id -> mark of what it says it has of us"""
         self._passed_on: dict[str, dict[str, tuple[list[str], float]]] = {}
@@ -60,16 +71,18 @@ class Beats:
 
     def make(self, to: str, status: Status, contacts: list[Contact]) -> dict[str, Any]:
         """The beat for a peer, as plain data."""
-        document, told = _document(status), self._told.setdefault(to, {})
-        base = self._have.get(to, "")
+        if self._mine is None or self._mine.status != status:
+            self._mine = _marked(status)
+        told, base = self._told.setdefault(to, {}), self._have.get(to, "")
         old = told.get(base)
-        _keep(told, document)
+        _keep(told, self._mine)
         have = next(reversed(self._heard.get(to, {})), "")
         if old is None:
             beat = Beat(status=status, have=have, contacts=contacts)
         else:
-            changed = {key: value for key, value in document.items() if key not in old or old[key] != value}
-            gone = [key for key in old if key not in document]
+            new, before = self._mine.document, old.document
+            changed = {key: value for key, value in new.items() if key not in before or before[key] != value}
+            gone = [key for key in before if key not in new]
             beat = Beat(base=base, changed=changed, gone=gone, have=have, contacts=contacts)
         now = self._clock()
         recent = {who: told for who, told in self._passed_on.get(to, {}).items() if now - told[1] < AGAIN_S}
@@ -82,21 +95,25 @@ class Beats:
         self._have[peer_id] = beat.have
         heard = self._heard.setdefault(peer_id, {})
         if beat.status is not None:
-            _keep(heard, _document(beat.status))
-            return beat.status
-        old = heard.get(beat.base)
-        if old is None:
+            now = _marked(beat.status)
+        elif (old := heard.get(beat.base)) is None:
             heard.clear()
             return None
-        kept = {key: value for key, value in old.items() if key not in beat.gone}
-        status = parse(Status, {**kept, **beat.changed})
-        _keep(heard, _document(status))
-        return status
+        elif not beat.changed and not beat.gone:
+            now = old
+        else:
+            kept = {key: value for key, value in old.document.items() if key not in beat.gone}
+            now = _marked(parse(Status, {**kept, **beat.changed}))
+        _keep(heard, now)
+        return now.status
 
-    def is_news(self, to: str, about: str, maddrs: list[str]) -> bool:
-        """Is it worth telling that peer where another one is?"""
-        known, at = self._passed_on.get(to, {}).get(about, ([], float("-inf")))
-        return maddrs != known or self._clock() - at >= AGAIN_S
+    def news(self, to: str, of: Mapping[str, list[str]]) -> list[str]:
+        """Of these peers with their addresses, those that are worth telling that peer about."""
+        passed_on, now = self._passed_on.get(to, {}), self._clock()
+        return [
+            who for who, maddrs in of.items()
+            if who not in passed_on or maddrs != passed_on[who][0] or now - passed_on[who][1] >= AGAIN_S
+        ]
 
     def keep_only(self, peer_ids: Container[str]) -> None:
         """Forget all others: whoever links to us can say something. The next beat between us is just a whole one."""
@@ -106,16 +123,15 @@ class Beats:
                 del memory[stranger]
 
 
-def _document(status: Status) -> Document:
+def _marked(status: Status) -> Told:
     """As it looks on the wire, so that both sides have the same."""
     document = json.loads(status.model_dump_json(exclude_defaults=True))
-    assert isinstance(document, dict)
-    return document
-
-
-def _keep(documents: dict[str, Document], document: Document) -> None:
     mark = hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()[:16]
-    documents.pop(mark, None)  # it becomes the newest
-    documents[mark] = document
-    while len(documents) > KEPT:
-        del documents[next(iter(documents))]
+    return Told(status, document, mark)
+
+
+def _keep(those: dict[str, Told], told: Told) -> None:
+    those.pop(told.mark, None)  # it becomes the newest
+    those[told.mark] = told
+    while len(those) > KEPT:
+        del those[next(iter(those))]

@@ -87,6 +87,8 @@ class Directory:
         self.reach = ""
         """of this peer; see reachability.py"""
         self._known: dict[str, Known] = {}
+        self._spoken: set[str] = set()
+        """those of whom there is a status"""
         self._holders = Holders(dht, run_id, me=endpoint.peer_id)
         self._loop = asyncio.get_running_loop()
         self._beats = Beats(self._loop.time)
@@ -104,12 +106,22 @@ class Directory:
     def alive(self) -> dict[str, Status]:
         """Peers of this run that spoke to us in the last `ALIVE_S` seconds (longer in a large swarm); not this one, no
         observers. Any thread."""
-        known_now = list(self._known.items())
-        since = self._loop.time() - ALIVE_S * _slowness(known_now)
+        since = self._alive_since()
         return {
-            peer_id: known.status for peer_id, known in known_now
-            if known.status is not None and known.heard_at > since and known.status.role != "observer"
+            peer_id: known.status for peer_id, known in list(self._known.items())
+            if known.status is not None and known.heard_at > since
         }
+
+    def _alive_since(self) -> float:
+        return self._loop.time() - ALIVE_S * self._slowness()
+
+    def _is_alive(self, known: Known) -> bool:
+        return known.status is not None and known.heard_at > self._alive_since()
+
+    def _slowness(self) -> float:
+        """How many times longer all this may take than among a few; 4 at most, as of 64, or nobody would be known to be
+        alive."""
+        return min(max(1.0, len(self._spoken) / FEW), MAX_SLOWNESS)
 
     def maddrs(self, peer_id: str) -> list[str]:
         return self._known[peer_id].maddrs if peer_id in self._known else []
@@ -131,7 +143,7 @@ class Directory:
         if known is not None:
             if known.status is None:
                 known.reach, known.hearsay_at = reach, self._loop.time()
-            if maddrs and peer_id not in self.alive():  # what it says of itself is better than what others say
+            if maddrs and not self._is_alive(known):  # what it says of itself is better than what others say
                 known.maddrs = maddrs
             return
         hearsay = sum(other.status is None for other in self._known.values())
@@ -198,13 +210,12 @@ class Directory:
         return self._dht.peers(self._run_id).depth > 0
 
     def _my_beat(self, to: str) -> dict[str, Any]:
-        alive = [
-            p for p, status in self.alive().items()
-            if p != to and (self._known[p].maddrs or status.reach == OUTBOUND)
-            and self._beats.is_news(to, p, self._known[p].maddrs)
-        ]
+        others = {p: self._known[p].maddrs for p in self.alive() if p != to}
+        news = self._beats.news(to, {
+            p: maddrs for p, maddrs in others.items() if maddrs or self._known[p].reach == OUTBOUND
+        })
         newcomer = to not in self._known or self._known[to].status is None
-        chosen = self._rng.sample(alive, min(len(alive), MAX_GOSSIP if newcomer else 2))
+        chosen = self._rng.sample(news, min(len(news), MAX_GOSSIP if newcomer else 2))
         return self._beats.make(to, self._my_status(), self.contacts(chosen))
 
     async def _on_status(self, link: Link, header: dict[str, Any], body: bytes) -> Answer:
@@ -223,12 +234,13 @@ class Directory:
             return
         now = asyncio.get_running_loop().time()
         if status.role == "observer":
-            self._known.pop(peer_id, None)
+            self._drop(peer_id)
         elif peer_id != self._endpoint.peer_id and self._has_room_for(peer_id):
             known = self._known.setdefault(peer_id, Known([], since=now))
             new_address = bool(status.maddrs) and (known.status is None or known.maddrs != status.maddrs)
             known.status, known.since, known.heard_at, known.lost_at = status, now, now, float("-inf")
             known.reach = status.reach
+            self._spoken.add(peer_id)
             if new_address:
                 known.maddrs = status.maddrs
                 self.on_new_address(known.maddrs)
@@ -241,10 +253,14 @@ class Directory:
         if peer_id in self._known or len(self._known) < MAX_PEERS:
             return True
         oldest = min(self._known, key=lambda other: (self._known[other].status is not None, self._known[other].since))
-        if oldest in self.alive():
+        if self._is_alive(self._known[oldest]):
             return False
-        del self._known[oldest]
+        self._drop(oldest)
         return True
+
+    def _drop(self, peer_id: str) -> None:
+        self._known.pop(peer_id, None)
+        self._spoken.discard(peer_id)
 
     def unsure(self) -> bool:
         """A link has ended a moment ago, and whether its peer did as well is still being asked."""
@@ -274,7 +290,7 @@ class Directory:
     def _due(self) -> list[str]:
         """Who is to be told in this beat."""
         now, alive = asyncio.get_running_loop().time(), self.alive()
-        heartbeat_s = HEARTBEAT_S * _slowness(self._known.items())
+        heartbeat_s = HEARTBEAT_S * self._slowness()
 
         def pause_s(peer_id: str, known: Known) -> float:
             return heartbeat_s if peer_id in alive else min(max(3 * HEARTBEAT_S, (now - known.since) / 4), RETRY_S)
@@ -291,7 +307,7 @@ class Directory:
         kept = set(sorted(spoken, key=lambda peer_id: -self._known[peer_id].since)[:REMEMBERED])
         for peer_id, known in list(self._known.items()):
             if now - known.since > FORGET_S and peer_id not in kept:
-                del self._known[peer_id]
+                self._drop(peer_id)
         self._beats.keep_only(self._known)
 
     async def _dht_forever(self) -> None:
@@ -300,7 +316,7 @@ class Directory:
                 await self._publish()
                 if number % READ_EVERY == 0 or not self.alive() or self.is_crowded():
                     await self.refresh()
-            pause_s = DHT_TTL_S / PUBLISHED_A_TTL * _slowness(self._known.items())
+            pause_s = DHT_TTL_S / PUBLISHED_A_TTL * self._slowness()
             await asyncio.sleep(pause_s * self._rng.uniform(0.85, 1.05))
 
     async def _publish(self) -> None:
@@ -310,7 +326,7 @@ class Directory:
         text = json.dumps(status.model_dump(exclude_defaults=True), separators=(",", ":"))
         if len(text) > records.MAX_RECORD_BYTES * 3 // 4:  # heads of very many fragments: they are told directly
             text = json.dumps(status.model_copy(update={"heads": [], "pending": [], "spares": []}).model_dump())
-        ttl_s = DHT_TTL_S * _slowness(self._known.items())
+        ttl_s = DHT_TTL_S * self._slowness()
         await self._dht.peers(self._run_id).publish(text, ttl_s=ttl_s)
         if self.is_crowded():
             await self._holders.publish(list(status.held()), maddrs=status.maddrs, reach=status.reach)
@@ -321,8 +337,3 @@ class Directory:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-
-def _slowness(known: Iterable[tuple[str, Known]]) -> float:
-    """How many times longer all this may take than among a few; 4 at most, as of 64, or nobody would be known to be
-    alive."""
-    return min(max(1.0, sum(other.status is not None for _, other in known) / FEW), MAX_SLOWNESS)

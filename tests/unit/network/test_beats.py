@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from swarm.errors import BadMessage
+from swarm.network import beats as beats_module
 from swarm.network.beats import AGAIN_S, KEPT, Beat, Beats
 from swarm.network.records import Contact, Head, Status, parse
 
@@ -123,6 +124,23 @@ def test_few_statuses_are_kept_of_each() -> None:
         assert not any((beats._told, beats._heard, beats._have, beats._passed_on))
 
 
+def test_in_a_crowd_what_all_are_told_is_worked_out_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    worked_out: list[Status] = []
+    marked = beats_module._marked
+    monkeypatch.setattr(beats_module, "_marked", lambda status: worked_out.append(status) or marked(status))
+    sender, crowd = Beats(lambda: 0.0), {f"{number:040}": Beats(lambda: 0.0) for number in range(20)}
+    heard: list[Status | None] = []
+    for tokens in (1, 1, 2, 1):
+        for name, peer in crowd.items():
+            heard.append(peer.hear(A, parse(Beat, sender.make(name, status(tokens=tokens), []))))
+            sender.hear(name, parse(Beat, peer.make(A, status(name=name), [])))
+    assert heard == [status(tokens=tokens) for tokens in (1, 1, 2, 1) for _ in crowd]
+    by_crowd = 4 * 20 - 20  # each hears the same once more in the second turn, and need not look at it
+    own = 20  # what each of the crowd says of itself never changes
+    at_sender = 3 + 20  # its three news in a row, and what it hears of each
+    assert len(worked_out) == by_crowd + own + at_sender
+
+
 @pytest.mark.parametrize("document", [
     {}, {"base": ""}, {"status": None}, {"base": "not a mark"}, {"base": "0" * 16, "more": 1},
     {"base": "0" * 16, "status": status().model_dump()}, {"base": "0" * 16, "gone": [1]},
@@ -150,13 +168,14 @@ def test_a_difference_that_makes_no_status_is_refused_and_spoils_nothing(change:
 def test_addresses_are_passed_on_again_after_a_while_or_when_they_are_others() -> None:
     pair = Pair()
     beats = pair.of[A]
-    assert beats.is_news(B, C, THIRD.maddrs)
+    known = {C: THIRD.maddrs}
+    assert beats.news(B, known) == [C]
     pair.make(A, status(), [THIRD])
-    assert not beats.is_news(B, C, THIRD.maddrs)
-    assert beats.is_news(C, C, THIRD.maddrs) and beats.is_news(B, A, THIRD.maddrs)
-    assert beats.is_news(B, C, ["/ip4/10.0.0.4/tcp/1"])
+    assert beats.news(B, known) == []
+    assert beats.news(C, known) == [C] and beats.news(B, {A: THIRD.maddrs, C: THIRD.maddrs}) == [A]
+    assert beats.news(B, {C: ["/ip4/10.0.0.4/tcp/1"]}) == [C]
     pair.now = AGAIN_S
-    assert beats.is_news(B, C, THIRD.maddrs)
+    assert beats.news(B, known) == [C]
     pair.make(A, status())
     assert not beats._passed_on[B], "what is news again need not be kept"
 
