@@ -55,7 +55,7 @@ class Member:
             context, applier, is_current=self._is_current, on_result=self._has_result, send=context.tell
         )
         applier.expects = lambda opening_id: self.owner.opening(opening_id) is not None
-        self.on_opening: Callable[[str], None] = lambda opening_id: None
+        self.on_opening: Callable[[Opening], None] = lambda opening: None
         """this peer is in that opening from now on, and in no other"""
         self.on_result: Callable[[Opening, int, Contributors, PartResult], None] = lambda *result: None
         """a part's result is made, here or by another owner"""
@@ -106,7 +106,7 @@ class Member:
         if opening.id not in self._taken:
             if (opening.id, opening.opener) in self._over:
                 raise PeerRefused("that opening is over")
-            self.on_opening(opening.id)
+            self.on_opening(opening)
             self._leave_current()
             current = _Current(opening, asyncio.get_running_loop().time() + 4 * opening.push_s + 4.0)
             self._current = current

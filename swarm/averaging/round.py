@@ -30,7 +30,7 @@ class FragmentRounds:
     def __init__(self, context: Context, applier: Applier) -> None:
         self.member = Member(context, applier)
         self.opener = Opener(context, applier, self.member)
-        self.member.on_opening, self.member.on_result = self.opener.give_way, self.opener.heard
+        self.member.on_opening, self.member.on_result = self.opener.joined, self.opener.heard
 
     def settled(self, commit: Commit) -> None:
         """A commit was applied: end a round that it has overtaken."""

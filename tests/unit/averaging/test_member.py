@@ -51,7 +51,7 @@ class World:
         self.member = Member(self.context, self.applier)
         self.openings: list[str] = []
         self.results: list[tuple[int, Contributors, PartResult]] = []
-        self.member.on_opening = self.openings.append
+        self.member.on_opening = lambda opening: self.openings.append(opening.id)
         self.member.on_result = lambda opening, index, contributors, result: self.results.append(
             (index, contributors, result)
         )
