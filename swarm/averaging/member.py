@@ -22,6 +22,7 @@ from swarm.averaging.layout import Layout
 from swarm.averaging.messages import Commit, Contributor, Opening, PartResult
 from swarm.averaging.packed import Packed
 from swarm.averaging.part import Contributors, PartOwner, contributors_of
+from swarm.averaging.patience import Patience
 from swarm.errors import BadMessage, NetworkError, PeerGone, PeerRefused
 from swarm.network import codec, records
 from swarm.network.codec import BLOCK
@@ -46,13 +47,14 @@ class _Current:
 class Member:
     """Of one fragment at one peer; `owner`: what it does for the parts that it owns."""
 
-    def __init__(self, context: Context, applier: Applier) -> None:
+    def __init__(self, context: Context, applier: Applier, patience: Patience) -> None:
         self._context, self._applier = context, applier
         self._fragment, self._me = applier.fragment, context.keypair.peer_id
         self._layout: Layout = applier.layout
         self._bits = context.run.averaging.bits
         self.owner = PartOwner(
-            context, applier, is_current=self._is_current, on_result=self._has_result, send=context.tell
+            context, applier, patience=patience, is_current=self._is_current, on_result=self._has_result,
+            send=context.tell,
         )
         applier.expects = lambda opening_id: self.owner.opening(opening_id) is not None
         self.on_opening: Callable[[Opening], None] = lambda opening: None

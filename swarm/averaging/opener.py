@@ -29,7 +29,7 @@ from swarm.averaging.messages import (
 from swarm.averaging.part import Contributors, contributors_of
 from swarm.averaging.patience import Patience
 from swarm.errors import BadMessage, NetworkError, PeerRefused
-from swarm.network import codec, records
+from swarm.network import records
 from swarm.network.keys import verify
 
 ATTEMPTS = 3
@@ -47,7 +47,7 @@ log = logging.getLogger(__name__)
 class Opener:
     """Of one fragment at one peer. `member`: the same peer's part in the rounds that it opens."""
 
-    def __init__(self, context: Context, applier: Applier, member: Member) -> None:
+    def __init__(self, context: Context, applier: Applier, member: Member, patience: Patience) -> None:
         self._context, self._applier, self._member = context, applier, member
         self._fragment, self._me = applier.fragment, context.keypair.peer_id
         self._layout: Layout = applier.layout
@@ -57,10 +57,7 @@ class Opener:
         self.elsewhere: list[str] = []
         """invited peers that turned out to be at another version: the opener must first see what they have"""
         self._at_least = 0
-        self._patience = Patience()
-        self._bytes_each = codec.encoded_bytes(
-            self._layout.num_fine_blocks, self._layout.num_blocks - self._layout.num_fine_blocks, self._bits
-        )
+        self._patience = patience
         self._attempting: tuple[str, asyncio.Task[tuple[Commit | None, set[str]]]] | None = None
         self._results: dict[int, dict[Contributors, PartResult]] = {}
         """of the opening that is being attempted: part -> what its owner has made"""
@@ -103,7 +100,7 @@ class Opener:
     def joined(self, opening: Opening) -> None:
         """This peer is a member of that opening from now on."""
         if opening.opener != self._me:
-            self._patience.heard(opening.push_s, self._bytes_each)
+            self._patience.heard(opening.push_s)
         self.give_way(opening.id)
 
     def give_way(self, opening_id: str) -> None:
@@ -120,7 +117,7 @@ class Opener:
         ]
         return Opening(
             fragment=self._fragment, version=state.version + 1, base=state.digest, members=everyone, parts=parts,
-            nonce=self._context.nonce(), push_s=self._patience.push_s(self._bytes_each if members else 0),
+            nonce=self._context.nonce(), push_s=self._patience.push_s(),
         )
 
     async def _attempt(self, opening: Opening) -> tuple[Commit | None, set[str]]:

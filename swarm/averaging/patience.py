@@ -22,17 +22,18 @@ LONGER, MOST, SHORTER = 2.0, 4.0, 0.9
 
 
 class Patience:
-    """Of one fragment's openers, as one peer knows them."""
+    """Of one fragment's openers, as one peer knows them. `bytes_each`: of one peer's contribution."""
 
-    def __init__(self) -> None:
+    def __init__(self, bytes_each: int) -> None:
+        self._bytes_each = bytes_each
         self._times = 1.0
         self._round_s: deque[float] = deque(maxlen=16)
         self._answer_s: deque[float] = deque(maxlen=16)
         """until all members had answered"""
 
-    def push_s(self, bytes_each: int) -> float:
+    def push_s(self) -> float:
         """That a part's contributions may take to reach its owner."""
-        return min(plan.LONGEST_S, self._times * plan.deadline_s(list(self._round_s), bytes_each=bytes_each))
+        return min(plan.LONGEST_S, self._times * self._usual_s())
 
     def answer_s(self, push_s: float) -> float:
         """That an opening which says `push_s` waits for answers."""
@@ -53,7 +54,9 @@ class Patience:
         """Somebody who lives was too late."""
         self._times = min(MOST, LONGER * self._times)
 
-    def heard(self, push_s: float, bytes_each: int) -> None:
+    def heard(self, push_s: float) -> None:
         """Another peer's opening waits so long."""
-        usual = plan.deadline_s(list(self._round_s), bytes_each=bytes_each)
-        self._times = max(self._times, min(MOST, push_s / usual))
+        self._times = max(self._times, min(MOST, push_s / self._usual_s()))
+
+    def _usual_s(self) -> float:
+        return plan.deadline_s(list(self._round_s), bytes_each=self._bytes_each)

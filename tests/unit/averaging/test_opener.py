@@ -189,7 +189,7 @@ def test_the_next_opener_need_not_find_out_again(tell: Tell) -> None:
         opener_of(peers[0])._patience.too_short()
         assert await open_round(peers) is not None
         waits = [opener_of(peer)._make_opening([peers[0].id], [peer.id]).push_s for peer in peers[1:]]
-        assert all(wait_s >= 2 * Patience().push_s(0) for wait_s in waits)
+        assert all(wait_s >= 2 * Patience(0).push_s() for wait_s in waits)
 
     tell(story)
 

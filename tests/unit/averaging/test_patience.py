@@ -15,7 +15,7 @@ GUESS_S = 12.0
 
 
 def learnt(*, round_s: float, answer_s: float, rounds: int = plan.FEWEST) -> Patience:
-    patience = Patience()
+    patience = Patience(SIZE)
     for _ in range(rounds):
         patience.all_answered(answer_s)
         patience.committed(round_s, whole=True)
@@ -24,30 +24,30 @@ def learnt(*, round_s: float, answer_s: float, rounds: int = plan.FEWEST) -> Pat
 
 def test_before_anything_is_known_it_is_the_guess() -> None:
     patience = learnt(round_s=1.0, answer_s=0.2, rounds=plan.FEWEST - 1)
-    assert patience.push_s(SIZE) == GUESS_S
-    assert patience.answer_s(patience.push_s(SIZE)) == GUESS_S + GREETING_S
+    assert patience.push_s() == GUESS_S
+    assert patience.answer_s(patience.push_s()) == GUESS_S + GREETING_S
 
 
 def test_then_it_is_twice_what_rounds_and_answers_take() -> None:
     patience = learnt(round_s=20.0, answer_s=4.0)
-    assert patience.push_s(SIZE) == 40.0 and patience.answer_s(40.0) == 8.0
+    assert patience.push_s() == 40.0 and patience.answer_s(40.0) == 8.0
     assert learnt(round_s=0.1, answer_s=0.1).answer_s(3.0) == ANSWER_S
 
 
-@pytest.mark.parametrize("patience", [Patience(), learnt(round_s=20.0, answer_s=4.0)])
+@pytest.mark.parametrize("patience", [Patience(SIZE), learnt(round_s=20.0, answer_s=4.0)])
 def test_who_was_too_late_makes_it_longer_and_rounds_without_shorter(patience: Patience) -> None:
-    push_s, answer_s = patience.push_s(SIZE), patience.answer_s(patience.push_s(SIZE))
+    push_s, answer_s = patience.push_s(), patience.answer_s(patience.push_s())
     patience.too_short()
-    assert patience.push_s(SIZE) == 2 * push_s and patience.answer_s(patience.push_s(SIZE)) > 1.8 * answer_s
+    assert patience.push_s() == 2 * push_s and patience.answer_s(patience.push_s()) > 1.8 * answer_s
     for _ in range(5):
         patience.too_short()
-    assert patience.push_s(SIZE) == MOST * push_s, "somebody who never answers holds nobody up for ever"
+    assert patience.push_s() == MOST * push_s, "somebody who never answers holds nobody up for ever"
     patience.committed(20.0, whole=False)
-    assert patience.push_s(SIZE) == MOST * push_s, "who was left out would be left out again"
+    assert patience.push_s() == MOST * push_s, "who was left out would be left out again"
     for _ in range(40):
         patience.all_answered(4.0)
         patience.committed(20.0, whole=True)
-    assert patience.push_s(SIZE) == 40.0
+    assert patience.push_s() == 40.0
 
 
 def test_it_goes_back_slowly_so_that_what_the_late_took_is_known_by_then() -> None:
@@ -66,26 +66,26 @@ def test_it_goes_back_slowly_so_that_what_the_late_took_is_known_by_then() -> No
 
 
 def test_what_another_opener_has_found_out_is_taken_over() -> None:
-    patient, other = Patience(), Patience()
+    patient, other = Patience(SIZE), Patience(SIZE)
     patient.too_short()
-    other.heard(patient.push_s(SIZE), SIZE)
-    assert other.push_s(SIZE) == patient.push_s(SIZE) == 2 * GUESS_S
-    other.heard(GUESS_S / 4, SIZE)
-    assert other.push_s(SIZE) == 2 * GUESS_S, "one who has had no trouble yet is no reason"
-    other.heard(plan.LONGEST_S, SIZE)
-    assert other.push_s(SIZE) == MOST * GUESS_S, "whatever a stranger says"
+    other.heard(patient.push_s())
+    assert other.push_s() == patient.push_s() == 2 * GUESS_S
+    other.heard(GUESS_S / 4)
+    assert other.push_s() == 2 * GUESS_S, "one who has had no trouble yet is no reason"
+    other.heard(plan.LONGEST_S)
+    assert other.push_s() == MOST * GUESS_S, "whatever a stranger says"
 
 
 @given(st.lists(st.sampled_from(["late", "whole", "part"]) | st.floats(0.01, 600), max_size=60), st.floats(0.001, 900))
 def test_it_always_has_a_bound(story: list[str | float], round_s: float) -> None:
-    patience = Patience()
+    patience = Patience(SIZE)
     for event in story:
         if event == "late":
             patience.too_short()
         elif isinstance(event, float):
-            patience.heard(event, SIZE)
+            patience.heard(event)
         else:
             patience.all_answered(round_s)
             patience.committed(round_s, whole=event == "whole")
-        assert 3.0 <= patience.push_s(SIZE) <= plan.LONGEST_S
-        assert ANSWER_S <= patience.answer_s(patience.push_s(SIZE)) <= MOST * plan.LONGEST_S + GREETING_S
+        assert 3.0 <= patience.push_s() <= plan.LONGEST_S
+        assert ANSWER_S <= patience.answer_s(patience.push_s()) <= MOST * plan.LONGEST_S + GREETING_S
