@@ -142,7 +142,7 @@ class Opener:
             results, contributors, lost = await self._reduce_without_the_missing(opening, contributors)
             failed |= lost
             missing = {opening.members[member] for member, _ in {*asked} - {*contributors}}
-            if missing & set(self._context.directory.alive()):
+            if (missing | lost) & set(self._context.directory.alive()):
                 self._patience.too_short()
             whole = whole and results is not None and not missing
         if results is None or _tokens(contributors) < self._at_least:

@@ -184,6 +184,27 @@ def test_who_lives_and_takes_longer_than_anybody_guessed_is_waited_for_in_the_en
     tell(story)
 
 
+def test_owners_that_live_and_make_no_result_in_time_are_given_more_of_it_later(tell: Tell) -> None:
+    async def story(peers: list[Peer]) -> None:
+        for method, late_s in (("push", 15.0), ("reduce", 100.0)):
+            real = peers[1].methods[method]
+
+            async def slowly(*arguments: Any, real: Any = real, late_s: float = late_s) -> Any:
+                await asyncio.sleep(late_s)
+                return await real(*arguments)
+
+            peers[1].methods[method] = slowly
+        patience = opener_of(peers[0])._patience
+        push_s = patience.push_s()
+        beats = asyncio.ensure_future(keep_meeting(peers))
+        commit = await open_round(peers)
+        beats.cancel()
+        assert commit is not None and peers[1].id not in owners(commit), "it was another's turn at once"
+        assert patience.push_s() > 1.5 * push_s
+
+    tell(story)
+
+
 def test_the_next_opener_need_not_find_out_again(tell: Tell) -> None:
     async def story(peers: list[Peer]) -> None:
         opener_of(peers[0])._patience.too_short()
