@@ -22,7 +22,6 @@ from swarm.averaging.layout import Layout
 from swarm.averaging.messages import Commit, Contributor, Opening, PartResult
 from swarm.averaging.packed import Packed
 from swarm.averaging.part import Contributors, PartOwner, contributors_of
-from swarm.averaging.patience import Patience
 from swarm.errors import BadMessage, NetworkError, PeerGone, PeerRefused
 from swarm.network import codec, records
 from swarm.network.codec import BLOCK
@@ -47,17 +46,16 @@ class _Current:
 class Member:
     """Of one fragment at one peer; `owner`: what it does for the parts that it owns."""
 
-    def __init__(self, context: Context, applier: Applier, patience: Patience) -> None:
+    def __init__(self, context: Context, applier: Applier) -> None:
         self._context, self._applier = context, applier
         self._fragment, self._me = applier.fragment, context.keypair.peer_id
         self._layout: Layout = applier.layout
         self._bits = context.run.averaging.bits
         self.owner = PartOwner(
-            context, applier, patience=patience, is_current=self._is_current, on_result=self._has_result,
-            send=context.tell,
+            context, applier, is_current=self._is_current, on_result=self._has_result, send=context.tell
         )
         applier.expects = lambda opening_id: self.owner.opening(opening_id) is not None
-        self.on_opening: Callable[[Opening], None] = lambda opening: None
+        self.on_opening: Callable[[str], None] = lambda opening_id: None
         """this peer is in that opening from now on, and in no other"""
         self.on_result: Callable[[Opening, int, Contributors, PartResult], None] = lambda *result: None
         """a part's result is made, here or by another owner"""
@@ -108,7 +106,7 @@ class Member:
         if opening.id not in self._taken:
             if (opening.id, opening.opener) in self._over:
                 raise PeerRefused("that opening is over")
-            self.on_opening(opening)
+            self.on_opening(opening.id)
             self._leave_current()
             current = _Current(opening, asyncio.get_running_loop().time() + 4 * opening.push_s + 4.0)
             self._current = current

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from collections import deque
 
 from swarm.averaging import plan
 from swarm.averaging.apply import Applier
@@ -27,14 +28,16 @@ from swarm.averaging.messages import (
     result_message,
 )
 from swarm.averaging.part import Contributors, contributors_of
-from swarm.averaging.patience import Patience
 from swarm.errors import BadMessage, NetworkError, PeerRefused
-from swarm.network import records
+from swarm.network import codec, records
 from swarm.network.keys import verify
 
 ATTEMPTS = 3
 REDUCTIONS = 3
 """times that the owners are asked for a result without those who are missing"""
+ANSWER_S = 2.0
+"""an opening is answered as soon as the contribution is taken: whoever is silent for much longer than all of late, and
+for this long, is left out; what it has learnt goes into the next round"""
 LOOK_S = 0.25
 """while waiting for results: whether their owners are still there"""
 TELL_S = 10.0
@@ -47,7 +50,7 @@ log = logging.getLogger(__name__)
 class Opener:
     """Of one fragment at one peer. `member`: the same peer's part in the rounds that it opens."""
 
-    def __init__(self, context: Context, applier: Applier, member: Member, patience: Patience) -> None:
+    def __init__(self, context: Context, applier: Applier, member: Member) -> None:
         self._context, self._applier, self._member = context, applier, member
         self._fragment, self._me = applier.fragment, context.keypair.peer_id
         self._layout: Layout = applier.layout
@@ -57,7 +60,9 @@ class Opener:
         self.elsewhere: list[str] = []
         """invited peers that turned out to be at another version: the opener must first see what they have"""
         self._at_least = 0
-        self._patience = patience
+        self._push_s: deque[float] = deque(maxlen=16)
+        self._answer_s: deque[float] = deque(maxlen=16)
+        """until all members had answered an opening, in recent rounds"""
         self._attempting: tuple[str, asyncio.Task[tuple[Commit | None, set[str]]]] | None = None
         self._results: dict[int, dict[Contributors, PartResult]] = {}
         """of the opening that is being attempted: part -> what its owner has made"""
@@ -97,12 +102,6 @@ class Opener:
             owners = [peer_id for peer_id in owners if peer_id not in failed]
         return None
 
-    def joined(self, opening: Opening) -> None:
-        """This peer is a member of that opening from now on."""
-        if opening.opener != self._me:
-            self._patience.heard(opening.push_s)
-        self.give_way(opening.id)
-
     def give_way(self, opening_id: str) -> None:
         """Another opening than our own is the one that counts now."""
         if self._attempting is not None and self._attempting[0] != opening_id:
@@ -115,9 +114,12 @@ class Opener:
             Part(start=start, end=end, owner=everyone.index(owner))
             for start, end, owner in plan.split(self._layout.num_blocks, owners or [self._me])
         ]
+        size = codec.encoded_bytes(
+            self._layout.num_fine_blocks, self._layout.num_blocks - self._layout.num_fine_blocks, self._bits
+        )
         return Opening(
             fragment=self._fragment, version=state.version + 1, base=state.digest, members=everyone, parts=parts,
-            nonce=self._context.nonce(), push_s=self._patience.push_s(),
+            nonce=self._context.nonce(), push_s=plan.deadline_s(list(self._push_s), bytes_each=size if members else 0),
         )
 
     async def _attempt(self, opening: Opening) -> tuple[Commit | None, set[str]]:
@@ -127,8 +129,6 @@ class Opener:
         owners = {opening.owner(part) for part in opening.parts}
         answers, failed = await self._invite(opening)
         silent = self._silent & set(self._context.directory.alive())
-        if silent:
-            self._patience.too_short()
         if len(silent) >= len(set(opening.members) - silent):
             return None, set()  # half of the living do not answer: they may be making history among themselves
         contributors = contributors_of(answers)
@@ -136,18 +136,13 @@ class Opener:
             return None, set()  # what others had to give was already given when they said so
         if not contributors or self.elsewhere or owners & failed:
             return None, failed  # an owner is gone: its part would be missing, so give it to another
-        whole, results = not failed, await self._results_of(opening, contributors) if not failed else None
+        results = await self._results_of(opening, contributors) if not failed else None
         if results is None:
-            asked = contributors
             results, contributors, lost = await self._reduce_without_the_missing(opening, contributors)
             failed |= lost
-            missing = {opening.members[member] for member, _ in {*asked} - {*contributors}}
-            if (missing | lost) & set(self._context.directory.alive()):
-                self._patience.too_short()
-            whole = whole and results is not None and not missing
         if results is None or _tokens(contributors) < self._at_least:
             return None, failed
-        self._patience.committed(clock() - began, whole=whole)
+        self._push_s.append(clock() - began)
         named = [Contributor(member=member, tokens=tokens) for member, tokens in contributors]
         commit = make_commit(self._context.keypair, opening, named, results)
         for peer_id in opening.members[1:]:
@@ -157,7 +152,11 @@ class Opener:
 
     async def _invite(self, opening: Opening) -> tuple[dict[int, int], set[str]]:
         """(member -> tokens that it contributes, who failed). Ends early when an owner fails or another opener won."""
-        began, wait_s = asyncio.get_running_loop().time(), self._patience.answer_s(opening.push_s)
+        began = asyncio.get_running_loop().time()
+        known = len(self._answer_s) >= 3
+        wait_s = opening.push_s + 2.0
+        if known:
+            wait_s = plan.deadline_s(list(self._answer_s), bytes_each=0, floor_s=ANSWER_S)
         owners = {opening.owner(part) for part in opening.parts}
         contacts = self._context.directory.contacts(opening.members, max_maddrs=MAX_MADDRS)
         invitation = Invitation(opening=opening, contacts=contacts).model_dump()
@@ -195,7 +194,7 @@ class Opener:
                     else:
                         failed.add(peer_id)
             if len(answers) == len(opening.members):
-                self._patience.all_answered(asyncio.get_running_loop().time() - began)
+                self._answer_s.append(asyncio.get_running_loop().time() - began)
             return answers, failed
         finally:
             for task in tasks:

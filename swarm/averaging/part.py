@@ -20,7 +20,6 @@ from swarm.averaging.apply import Applier
 from swarm.averaging.context import Context
 from swarm.averaging.messages import Commit, Contributor, Opening, Part, PartResult, result_message
 from swarm.averaging.packed import Packed
-from swarm.averaging.patience import Patience
 from swarm.averaging.reduction import reduce_part
 from swarm.averaging.robust import Verdict
 from swarm.averaging.trust import Trust
@@ -56,7 +55,7 @@ class PartOwner:
     """Of one fragment at one peer, whichever parts it owns in whichever opening."""
 
     def __init__(
-        self, context: Context, applier: Applier, *, patience: Patience, is_current: Callable[[str], bool],
+        self, context: Context, applier: Applier, *, is_current: Callable[[str], bool],
         on_result: Callable[[Opening, int, Contributors, PartResult], None],
         send: Callable[[str, str, dict[str, Any], bytes, float], Awaitable[None]],
     ) -> None:
@@ -65,7 +64,6 @@ class PartOwner:
         self._context, self._applier, self._layout = context, applier, applier.layout
         self._bits = context.run.averaging.bits
         self._is_current, self._on_result, self._send = is_current, on_result, send
-        self._patience = patience
         self._gathered: dict[str, _Gathered] = {}
         self._changed = asyncio.Condition()
         self._feedback: dict[tuple[int, int], Packed | None] = {}
@@ -92,9 +90,8 @@ class PartOwner:
         opening_id, tokens = header.get("id"), header.get("tokens")
         if not isinstance(opening_id, str) or type(tokens) is not int or not 0 <= tokens <= self._applier.max_claim:
             raise BadMessage("a push without id, or with an impossible number of tokens")
-        # a member may hear of the opening before we do, by as much as its opener has patience
-        known_s = max(OPENING_KNOWN_S, self._patience.push_s())
-        if not await self._comes_to(lambda: opening_id in self._gathered, known_s):
+        # a member may hear of the opening before we do
+        if not await self._comes_to(lambda: opening_id in self._gathered, OPENING_KNOWN_S):
             raise PeerRefused("this peer does not know that opening")
         await self.keep(opening_id, header.get("part"), sender, tokens, data)
 

@@ -17,8 +17,6 @@ MAX_PARTS = 64
 """of one round: each costs a hash and a signature in its commit"""
 MAX_MEMBERS = 64
 """of one round: every member sends to every owner, and all of them are named in the commit"""
-FEWEST, LONGEST_S = 3, 600.0
-"""rounds whose times say something; and the longest that anything of one is waited for"""
 WEIGHT_CAP = 2.0
 """a contribution weighs at most this many times the median, so that nobody takes a round over by claiming tokens"""
 
@@ -114,12 +112,10 @@ def counted(tokens: Mapping[str, int], warmth: Mapping[str, float] | None = None
     return {peer_id: min(float(count), cap) * warm.get(peer_id, 1.0) for peer_id, count in sorted(tokens.items())}
 
 
-def deadline_s(
-    recent_s: Sequence[float], *, bytes_each: int, floor_s: float = 3.0, ceiling_s: float = LONGEST_S
-) -> float:
+def deadline_s(recent_s: Sequence[float], *, bytes_each: int, floor_s: float = 3.0, ceiling_s: float = 600.0) -> float:
     """How long to wait for a step of a round: median + 6 MAD of the recent ones, twice over; before there are any,
     10 s and the bytes at 128 kB/s (a 1 Mbit/s uplink). Fixed timeouts are guesses (hivemind issue 676)."""
-    if len(recent_s) < FEWEST:
+    if len(recent_s) < 3:
         guess = 10.0 + bytes_each / 128e3
     else:
         middle = statistics.median(recent_s)

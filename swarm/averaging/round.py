@@ -22,19 +22,15 @@ from swarm.averaging.context import Context
 from swarm.averaging.member import Member
 from swarm.averaging.messages import Commit
 from swarm.averaging.opener import Opener
-from swarm.averaging.patience import Patience
-from swarm.network import codec
 
 
 class FragmentRounds:
     """Rounds of one fragment at one peer: it is a member of all, opens some, and owns parts in most."""
 
     def __init__(self, context: Context, applier: Applier) -> None:
-        fine, all_blocks = applier.layout.num_fine_blocks, applier.layout.num_blocks
-        patience = Patience(codec.encoded_bytes(fine, all_blocks - fine, context.run.averaging.bits))
-        self.member = Member(context, applier, patience)
-        self.opener = Opener(context, applier, self.member, patience)
-        self.member.on_opening, self.member.on_result = self.opener.joined, self.opener.heard
+        self.member = Member(context, applier)
+        self.opener = Opener(context, applier, self.member)
+        self.member.on_opening, self.member.on_result = self.opener.give_way, self.opener.heard
 
     def settled(self, commit: Commit) -> None:
         """A commit was applied: end a round that it has overtaken."""

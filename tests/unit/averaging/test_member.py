@@ -26,7 +26,6 @@ from swarm.averaging.messages import (
     result_message,
 )
 from swarm.averaging.part import Contributors
-from swarm.averaging.patience import Patience
 from swarm.config import RunConfig
 from swarm.errors import BadMessage, NetworkError, PeerGone, PeerRefused
 from swarm.network import codec
@@ -49,10 +48,10 @@ class World:
         self.ledger = Ledger(initial_state(0, weights, 1), Drift(layout, self.parameters))
         self.context = Context(run, keys[0], self, self, Boundary(), lambda event: None)  # type: ignore[arg-type]
         self.applier = Applier(self.context, fragment=0, layout=layout, ledger=self.ledger)
-        self.member = Member(self.context, self.applier, Patience(0))
+        self.member = Member(self.context, self.applier)
         self.openings: list[str] = []
         self.results: list[tuple[int, Contributors, PartResult]] = []
-        self.member.on_opening = lambda opening: self.openings.append(opening.id)
+        self.member.on_opening = self.openings.append
         self.member.on_result = lambda opening, index, contributors, result: self.results.append(
             (index, contributors, result)
         )

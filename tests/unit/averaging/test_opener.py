@@ -11,7 +11,6 @@ import pytest
 from swarm.averaging.member import BUSY
 from swarm.averaging.messages import Commit
 from swarm.averaging.opener import ATTEMPTS
-from swarm.averaging.patience import Patience
 from swarm.errors import PeerRefused
 from tests.unit.averaging.four_peers import Tell, meet, open_round, opener_of
 from tests.unit.averaging.simulation import Peer
@@ -154,63 +153,6 @@ def test_one_silent_peer_is_left_out(tell: Tell) -> None:
         commit = await open_round(peers, owners=peers[:3])
         beats.cancel()
         assert commit is not None and peers[3].id not in contributors(commit) and len(contributors(commit)) == 3
-
-    tell(story)
-
-
-@pytest.mark.parametrize("late", [1, 3])
-def test_who_lives_and_takes_longer_than_anybody_guessed_is_waited_for_in_the_end(tell: Tell, late: int) -> None:
-    """One, or all the others: on a machine that has more to do than it can, no answer comes within the first guess, and
-    a round that came to nothing says nothing of how long they take."""
-    async def story(peers: list[Peer]) -> None:
-        for slow in peers[-late:]:
-            real = slow.methods["open"]
-
-            async def slowly(*arguments: Any, real: Any = real) -> Any:
-                await asyncio.sleep(30)
-                return await real(*arguments)
-
-            slow.methods["open"] = slowly
-        beats = asyncio.ensure_future(keep_meeting(peers))
-        rounds = 0
-        while peers[-1].averager.pending() != [0]:
-            rounds += 1
-            assert rounds <= 4, "12 s, 24 s and 48 s"
-            await open_round(peers, owners=peers[:4 - late])
-            await asyncio.sleep(2)
-        beats.cancel()
-        assert len({peer.head for peer in peers}) == 1 and peers[0].head[2] == 1000
-
-    tell(story)
-
-
-def test_owners_that_live_and_make_no_result_in_time_are_given_more_of_it_later(tell: Tell) -> None:
-    async def story(peers: list[Peer]) -> None:
-        for method, late_s in (("push", 15.0), ("reduce", 100.0)):
-            real = peers[1].methods[method]
-
-            async def slowly(*arguments: Any, real: Any = real, late_s: float = late_s) -> Any:
-                await asyncio.sleep(late_s)
-                return await real(*arguments)
-
-            peers[1].methods[method] = slowly
-        patience = opener_of(peers[0])._patience
-        push_s = patience.push_s()
-        beats = asyncio.ensure_future(keep_meeting(peers))
-        commit = await open_round(peers)
-        beats.cancel()
-        assert commit is not None and peers[1].id not in owners(commit), "it was another's turn at once"
-        assert patience.push_s() > 1.5 * push_s
-
-    tell(story)
-
-
-def test_the_next_opener_need_not_find_out_again(tell: Tell) -> None:
-    async def story(peers: list[Peer]) -> None:
-        opener_of(peers[0])._patience.too_short()
-        assert await open_round(peers) is not None
-        waits = [opener_of(peer)._make_opening([peers[0].id], [peer.id]).push_s for peer in peers[1:]]
-        assert all(wait_s >= 2 * Patience(0).push_s() for wait_s in waits)
 
     tell(story)
 

@@ -20,7 +20,6 @@ from swarm.averaging.layout import Layout
 from swarm.averaging.ledger import Drift, Ledger
 from swarm.averaging.messages import Contributor, Opening, Part, PartResult, make_commit, result_message
 from swarm.averaging.part import Contributors, PartOwner, contributors_of
-from swarm.averaging.patience import Patience
 from swarm.averaging.roll import LEAST_WARMTH, Entry
 from swarm.averaging.trust import Trust
 from swarm.config import RunConfig
@@ -51,7 +50,7 @@ class World:
         applier = Applier(self.context, fragment=0, layout=layout, ledger=ledger)
         self.ledger = ledger
         self.owner = PartOwner(
-            self.context, applier, patience=Patience(0), is_current=lambda opening_id: self.current,
+            self.context, applier, is_current=lambda opening_id: self.current,
             on_result=lambda opening, index, contributors, result: self.results.append((contributors, result)),
             send=self._send,
         )
@@ -233,30 +232,10 @@ def test_an_owner_that_is_busy_with_a_better_opener_makes_nothing(play: Callable
     play(story)
 
 
-def test_a_contribution_waits_for_its_opening_as_long_as_openers_have_patience(
-    play: Callable[[Story], None], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """On slow machines the last owner hears of an opening when the first members have long contributed."""
-    monkeypatch.setattr(part, "OPENING_KNOWN_S", 0.01)
-
-    async def story(world: World) -> None:
-        header = {"id": world.opening.id, "part": 0, "tokens": 100}
-        world.owner._gathered.clear()
-        pushed = asyncio.ensure_future(world.owner.push(header, world.encoded(1), sender=world.ids[1]))
-        await asyncio.sleep(0.2)
-        assert not pushed.done()
-        await world.owner.expect(world.opening)
-        await pushed
-        assert [*world.owner._gathered[world.opening.id].received[0]] == [1]
-
-    play(story)
-
-
 def test_nonsense_is_refused_and_changes_nothing(
     play: Callable[[Story], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(part, "OPENING_KNOWN_S", 0.05)
-    monkeypatch.setattr(Patience, "push_s", lambda patience: 0.05)
 
     async def story(world: World) -> None:
         good = {"id": world.opening.id, "part": 0, "tokens": 100}
