@@ -61,7 +61,9 @@ def test_only_what_is_said_is_spelt():
     assert run_of(sources__ni__split="train").run_id == run.run_id, "what is so anyway makes no other run"
     assert run_of(sources__ni__shots=3).run_id != run.run_id
     assert run_of(phases__1__mixture__pile=56).run_id != run.run_id
-    assert run.run_id == "mix-b30ce7642780", "pinned: peers of two versions must find the same run"
+    outer = {"outer_learning_rate": 0.7, "outer_momentum": 0.9}  # what they were where they were left open
+    said = run_of(averaging=outer)
+    assert said.run_id == "mix-b30ce7642780", "pinned: peers of two versions must find the same run"
 
 
 def test_a_run_with_one_text_has_one_source_and_one_phase():
