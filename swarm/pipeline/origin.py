@@ -25,8 +25,8 @@ VERDICT_TRIES = 6
 CROWDED, IDLE = 6.0, 2.0
 """microbatches that wait: they come in no order, so a processor that is never idle has some waiting. Simulated,
 four stages with links as long as their computing: 8 under way are 0.83 of the bound, 12 are 0.98, and where turns and
-transfers differ by 30 %, 12 are 0.85, 16 are 0.93. With 8 and 3, or 10
-and 4, lines of 100 Mbit/s made no more than with these"""
+transfers differ by 30 %, 12 are 0.85, 16 are 0.93. With 8 and 3, or 10 and 4, lines of 100 Mbit/s made no more than
+with these"""
 AIM = (CROWDED + IDLE) / 2
 """microbatches that shall wait after the credit was too much"""
 LESS, LEAST = 0.8, 0.5
